@@ -1,0 +1,118 @@
+"""Tile configurations: one validity predicate and one deterministic heuristic for each kernel family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# fp32 elements of workspace that backward_weight may take for its partial sums (64 Mi = 256 MB): users of
+# cuDNN complain of workspaces of 4.7 to 48 GiB.  One split always fits, whatever the weight's size.
+WORKSPACE_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a configuration may depend on of the device."""
+
+    backend: str  # "cuda", "hip" or "interpreter"
+    arch: int  # compute capability as 90 for 9.0; 0 where there is none
+    processors: int  # multiprocessors
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile: BLOCK_M x BLOCK_N x BLOCK_K, its pixels laid out as rows of `box_w` along the width."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    box_w: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k}, rows of {self.box_w}, "
+            f"{self.num_warps} warps, {self.num_stages} stages"
+        )
+
+
+def is_valid(config: Config, pixels: int, element_size: int) -> bool:
+    """Whether a GEMM configuration compiles and fits every GPU served; `pixels` is the axis that counts pixels."""
+    blocks = (config.block_m, config.block_n, config.block_k)
+    shared = config.num_stages * (config.block_m + config.block_n) * config.block_k * element_size
+    return (
+        all(16 <= b <= 256 and b & (b - 1) == 0 for b in blocks)
+        and config.box_w & (config.box_w - 1) == 0
+        and config.box_w <= pixels
+        and config.num_warps in (1, 2, 4, 8)
+        and shared <= 99 * 1024  # the smallest limit of the targets: sm_86 and sm_89
+    )
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least n, held between `least` and `most`."""
+    return max(least, min(most, 1 << max(n - 1, 0).bit_length()))
+
+
+def box_width(rows: int, width: int, pixels: int) -> int:
+    """How many of a tile's pixels lie side by side: few classes, so that sizes share compiled kernels.
+
+    The padded area decides; narrow boxes pay for shorter runs of contiguous addresses.
+    """
+
+    def cost(box):
+        padded = cdiv(width, box) * box * cdiv(rows, pixels // box) * (pixels // box)
+        return padded * (1.0 if box >= 16 else 1.15 if box == 4 else 1.3), -box
+
+    return min((b for b in {1, 4, 16, 64, pixels} if b <= pixels), key=cost)
+
+
+def gather_gemm(
+    rows: int, width: int, programs: int, c_src: int, c_dst: int, element_size: int, precision: str, target: Target
+) -> Config:
+    """Tile for one phase of `rows` x `width` pixels; `programs` counts phases times groups."""
+    block_n = power_of_two(c_dst, 16, 64 if precision in ("tf32x3", "ieee") else 128)
+    block_k = power_of_two(c_src, 16, 64 if element_size == 2 else 32)
+    block_m = 128
+    if cdiv(rows * width, 128) * programs * cdiv(c_dst, block_n) < target.processors:
+        block_m = 64  # fill the GPU before the tile
+    warps = 8 if block_m * block_n >= 128 * 128 or (precision in ("tf32x3", "ieee") and block_m * block_n >= 8192) else 4
+    return Config(block_m, block_n, block_k, box_width(rows, width, block_m), warps, 3 if block_k <= 32 or block_n <= 64 else 2)
+
+
+def weight_gemm(rows: int, width: int, c_in: int, c_out: int, element_size: int, precision: str) -> Config:
+    most = 64 if precision in ("tf32x3", "ieee") else 128
+    block_m = power_of_two(c_in, 16, most)
+    block_n = power_of_two(c_out, 16, most)
+    block_k = 64 if element_size == 2 else 32
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    return Config(block_m, block_n, block_k, box_width(rows, width, block_k), warps, 3 if block_m * block_n < 128 * 128 else 2)
+
+
+def direct(rows: int, width: int, channels: int, channels_last: bool, target: Target) -> Config:
+    """Direct kernels: channels_last takes a few pixels of many channels, NCHW many pixels of one.
+
+    The interpreter pays by the program, so there a program takes many channels always.
+    """
+    if channels_last or target.backend == "interpreter":
+        block_n = power_of_two(channels, 1, 64)
+        block_m = max(16, 512 // block_n)
+    else:
+        block_n, block_m = 1, 256
+    return Config(block_m, block_n, 1, box_width(rows, width, block_m), 4, 2)
+
+
+def splits(tiles: int, programs: int, elements: int, block: int, target: Target) -> tuple[int, int]:
+    """(splits, pixel tiles a split) for a reduction over `tiles` pixel tiles of `block` pixels.
+
+    Enough programs for four waves of the GPU; and no fp32 accumulator runs over more than 32768 pixels
+    where the workspace allows, since a tensor core's accumulation truncates and the error grows with the run.
+    """
+    want = max(cdiv(4 * target.processors, programs), cdiv(tiles * block, 32768))
+    count = max(1, min(want, tiles, WORKSPACE_ELEMENTS // elements))
+    per_split = cdiv(tiles, count)
+    return cdiv(tiles, per_split), per_split

@@ -1,0 +1,185 @@
+"""Which kernel family runs a pass, with which configuration, and why: the one place that decides.
+
+`refuse` looks at what a tensor is (device, dtype, layout) and sends what tconv does not accelerate to
+aten before any operator of tconv is called.  `plan` looks at one pass of one problem on one device.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import configs
+from .configs import Config, Target, cdiv
+from .geometry import Geometry
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+PASSES = ("forward", "backward_input", "backward_weight")
+HALF = (torch.float16, torch.bfloat16)
+# float64 runs on the kernels in the interpreter alone, where gradcheck wants it.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32) + ((torch.float64,) if INTERPRET else ())
+
+# Groups of at most this many source channels and destination channels take the direct kernels: a
+# tensor-core tile has 16 of each at least, so that less than a sixteenth of it would be useful.
+DIRECT_CHANNELS = 4
+# TF32 wants this many channels a group on both sides; cuDNN computes narrower groups in IEEE fp32, and
+# there tf32x3 costs nothing, since such layers are bound by memory (L1/72 and L1/75 of KernelBench).
+TF32_GROUP_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass of one layer at one size: what `plan` decides from."""
+
+    direction: str  # one of PASSES
+    geometry: Geometry
+    batch: int
+    c_in: int
+    c_out: int
+    input_size: tuple[int, ...]
+    dtype: torch.dtype
+    tf32: bool  # torch's flag for fp32 convolutions, as read at the call
+    channels_last: bool  # of the tensor that the pass gathers from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision: the kernel family ("gemm", "direct" or "aten"), its configuration and the reason in words."""
+
+    family: str
+    reason: str
+    precision: str = ""
+    config: Config | None = None
+    splits: int = 1
+    tiles_per_split: int = 0
+
+
+def refuse(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Why these tensors (after autocast) are left to aten, or None when tconv takes them."""
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not all(isinstance(t, torch.Tensor) for t in tensors):
+        return "an argument is not a tensor"
+    for t in tensors:
+        if type(t) not in _PLAIN and not _is_plain(t):
+            return f"{type(t).__name__} is a tensor subclass with rules of its own"
+    device = input.device.type
+    if device == "cpu" and not INTERPRET:
+        return "CPU tensors run aten"
+    if device not in ("cpu", "cuda", "meta"):
+        return f"no kernels for device type {device}"
+    if any(t.layout != torch.strided for t in tensors):
+        return "sparse and mkldnn layouts run aten"
+    if any(t.is_quantized for t in tensors):
+        return "quantized tensors run aten"
+    if input.dtype not in DTYPES:
+        return f"{str(input.dtype).removeprefix('torch.')} runs aten"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation runs aten"
+    return None
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_plain(t: torch.Tensor) -> bool:
+    """Whether a tensor subclass (a fake tensor, say) behaves as a tensor; DTensor and the like do not."""
+    own = type(t).__torch_function__
+    default = getattr(own, "__func__", own) is torch.Tensor.__torch_function__.__func__
+    return (default or own is torch._C._disabled_torch_function_impl) and not is_traceable_wrapper_subclass(t)
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The Target of a tensor's device; the result is cached for the life of the process."""
+    if device.type == "cpu":
+        return Target("interpreter", 0, 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("hip", 0, properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def allow_tf32() -> bool:
+    """Torch's flag for fp32 convolutions as it stands now: torch.backends.cudnn.conv.fp32_precision,
+    which torch.backends.cudnn.allow_tf32 and the more general fp32_precision settings also set."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def precision(problem: Problem, target: Target) -> str:
+    """The PRECISION of kernels.common.matmul at which a problem's products are formed."""
+    if problem.dtype in HALF:
+        return "widen" if target.backend == "interpreter" and problem.dtype is torch.bfloat16 else "half"
+    if problem.dtype is torch.float64:
+        return "ieee"
+    g = problem.geometry.groups
+    wide = g == 1 or min(problem.c_in, problem.c_out) // g >= TF32_GROUP_CHANNELS
+    if problem.tf32 and wide:
+        return "tf32"
+    return "ieee" if target.backend == "hip" else "tf32x3"
+
+
+def unsupported(target: Target) -> str | None:
+    if target.backend == "cuda" and target.arch < 80:
+        return f"compute capability {target.arch / 10} is below 8.0"
+    return None
+
+
+@lru_cache(maxsize=8192)
+def plan(problem: Problem, target: Target) -> Plan:
+    """The family, configuration and reason for one pass; pure, deterministic and cached."""
+    reason = unsupported(target)
+    if reason:
+        return Plan("aten", reason)
+    geometry, size = problem.geometry, problem.input_size
+    if max(*size, *geometry.output_size(size)) >= 2**31:
+        return Plan("aten", "a spatial dimension has 2^31 elements or more")
+    g = geometry.groups
+    c_in, c_out = problem.c_in // g, problem.c_out // g
+    is_direct = g > 1 and max(c_in, c_out) <= DIRECT_CHANNELS
+    why = (
+        f"{c_in} to {c_out} channels a group would fill {max(c_in, c_out)}/16 of a tensor-core tile"
+        if is_direct
+        else f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
+    )
+    how = "" if is_direct else precision(problem, target)
+    element_size = problem.dtype.itemsize
+    if problem.direction == "backward_weight":
+        rows = problem.batch * _product(size[:-1])
+        width = size[-1]
+        if is_direct:
+            columns = problem.c_in * c_out
+            config = configs.direct(rows, width, columns, problem.channels_last, target)
+            pixels, programs = config.block_m, geometry.taps * cdiv(columns, config.block_n)
+        else:
+            config = configs.weight_gemm(rows, width, c_in, c_out, element_size, how)
+            pixels = config.block_k
+            programs = geometry.taps * g * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
+        tiles = cdiv(rows, pixels // config.box_w) * cdiv(width, config.box_w)
+        elements = geometry.taps * problem.c_in * c_out
+        splits, per_split = configs.splits(tiles, programs, elements, pixels, target)
+        return Plan("direct" if is_direct else "gemm", why, how, config, splits, per_split)
+    forward = problem.direction == "forward"
+    if forward:
+        quotient = [cdiv(o, s) for o, s in zip(geometry.output_size(size), geometry.stride)]
+        phases, c_src, c_dst, channels = geometry.phases, c_in, c_out, problem.c_out
+    else:
+        quotient, phases, c_src, c_dst, channels = list(size), 1, c_out, c_in, problem.c_in
+    rows, width = problem.batch * _product(quotient[:-1]), quotient[-1]
+    if is_direct:
+        config = configs.direct(rows, width, channels, problem.channels_last, target)
+    else:
+        config = configs.gather_gemm(rows, width, phases * g, c_src, c_dst, element_size, how, target)
+    return Plan("direct" if is_direct else "gemm", why, how, config)
+
+
+def _product(values) -> int:
+    n = 1
+    for v in values:
+        n *= v
+    return n

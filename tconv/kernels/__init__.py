@@ -1,0 +1,1 @@
+"""Device code only: these files import Triton and never torch."""

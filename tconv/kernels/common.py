@@ -1,0 +1,104 @@
+"""Device helpers shared by every kernel family.
+
+Names.  A kernel gathers from a *source* and writes a *destination*: the input and the
+output in the forward pass, the output's gradient and the input's in backward_input.
+Axis quantities come in (depth, height, width) order; absent leading axes have size 1,
+kernel 1, stride 1.  Every size and stride is a run-time scalar that is not specialised;
+the constexprs are the specialisation classes (docs/design.md lists them).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def axis_taps(phase, kernel, stride, padding, dilation, gcd, inverse, FORWARD: tl.constexpr):
+    """The taps that reach one phase of one axis, as (first tap, tap step, count, source offset, source step).
+
+    Destination q of the phase reads source q*multiple + offset + j*source_step through tap
+    first + j*tap_step, for j < count, where multiple is 1 forward and the stride backward.
+    """
+    if FORWARD:
+        # d*k = a + p (mod s) has a solution only where g = gcd(s, d) divides a + p (geometry.Axis).
+        t = phase + padding
+        tap_step = stride // gcd
+        first = ((t // gcd) * inverse) % tap_step
+        count = tl.where((t % gcd == 0) & (first < kernel), (kernel - first + tap_step - 1) // tap_step, 0)
+        return first, tap_step, count, (t - dilation * first) // stride, -(dilation // gcd)
+    else:
+        # grad_input[i] = sum over k of grad_output[i*s - p + d*k] * weight[k]
+        return 0, 1, kernel, -padding, dilation
+
+
+@triton.jit
+def split_row(row, d_size, h_size):
+    """(n, d, h) of a flattened row index: a row is one line of pixels along the width."""
+    h = row % h_size
+    nd = row // h_size
+    return nd // d_size, nd % d_size, h
+
+
+@triton.jit
+def inside(i, size):
+    """0 <= i < size in one unsigned comparison."""
+    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+
+
+@triton.jit
+def round_tf32(v):
+    """fp32 rounded to the nearest TF32 value, ties to even, as cuDNN rounds its operands.
+
+    The tensor core would truncate, which moves a model's outputs by 1e-3 instead of 1e-5.
+    Integer arithmetic gives the same bits on every GPU and in the interpreter.
+    """
+    u = v.to(tl.uint32, bitcast=True)
+    rounded = (u + 0xFFF + ((u >> 13) & 1)) & 0xFFFFE000
+    # A NaN must stay one: the addition could carry out of its mantissa.
+    u = tl.where(v != v, u | 0x00400000, rounded)
+    return u.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_tile(base, pixel, channel, mask, CHANNELS_LAST: tl.constexpr):
+    """A [pixels, channels] tile; loaded so that neighbouring threads touch neighbouring addresses."""
+    if CHANNELS_LAST:
+        return tl.load(base + (pixel[:, None] + channel[None, :]), mask=mask, other=0.0)
+    else:
+        return tl.trans(tl.load(base + (channel[:, None] + pixel[None, :]), mask=tl.trans(mask), other=0.0))
+
+
+@triton.jit
+def store_tile(base, pixel, channel, value, mask, CHANNELS_LAST: tl.constexpr):
+    """The counterpart of load_tile; converts to the destination's dtype."""
+    value = value.to(base.dtype.element_ty)
+    if CHANNELS_LAST:
+        tl.store(base + (pixel[:, None] + channel[None, :]), value, mask=mask)
+    else:
+        tl.store(base + (channel[:, None] + pixel[None, :]), tl.trans(value), mask=tl.trans(mask))
+
+
+@triton.jit
+def operand(v, PRECISION: tl.constexpr):
+    """A matrix operand as the tensor core should see it at this precision."""
+    if PRECISION == "tf32":
+        v = round_tf32(v)
+    elif PRECISION == "widen":
+        v = v.to(tl.float32)
+    return v
+
+
+@triton.jit
+def matmul(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b.  PRECISION is one of
+    half    fp16 or bf16 operands, fp32 accumulation;
+    tf32    fp32 operands already rounded to TF32;
+    tf32x3  fp32 as three TF32 products (more accurate than an fp32 multiply-add chain);
+    ieee    fp32 (or, in the interpreter, fp64) multiply-add;
+    widen   the interpreter's bf16, which NumPy has not: operands widened to fp32.
+    """
+    if PRECISION == "tf32":
+        return tl.dot(a, b, acc, input_precision="tf32")
+    elif PRECISION == "tf32x3":
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)

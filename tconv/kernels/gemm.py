@@ -1,0 +1,296 @@
+"""Implicit GEMM on the tensor cores: the portable kernels for every dense and wide-group layer."""
+
+import triton
+import triton.language as tl
+
+from .common import axis_taps, inside, load_tile, matmul, operand, round_tf32, split_row, store_tile
+
+
+def kernel_name(base):
+    """A name that says pass, layouts, dtype and tile, so that a profile reads itself."""
+
+    def name(specialization):
+        c, signature = specialization.constants, specialization.signature
+        dtype = signature.get("src", signature.get("x", "*?")).lstrip("*")
+        parts = [base]
+        if "FORWARD" in c:
+            parts.append("forward" if c["FORWARD"] else "backward_input")
+        for key in ("SRC_LAST", "DST_LAST", "X_LAST", "Y_LAST"):
+            if key in c:
+                parts.append("nhwc" if c[key] else "nchw")
+        parts.append(dtype)
+        if "PRECISION" in c:
+            parts.append(c["PRECISION"])
+        parts.append("x".join(str(c[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BOX_W") if k in c))
+        return "_".join(p for p in parts if p)
+
+    return name
+
+
+SCALARS = (
+    "batch c_src c_dst d_src h_src w_src d_dst h_dst w_dst "
+    "kd kh kw strided strideh stridew padd padh padw dild dilh dilw gcdd gcdh gcdw invd invh invw "
+    "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w"
+).split()
+
+
+@triton.jit(repr=kernel_name("tconv_gather_gemm"), do_not_specialize=SCALARS)
+def gather_gemm(
+    src, packed, bias, dst,
+    batch, c_src, c_dst,  # channels are those of one group
+    d_src, h_src, w_src, d_dst, h_dst, w_dst,
+    kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
+    gcdd, gcdh, gcdw, invd, invh, invw,
+    src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w,
+    FORWARD: tl.constexpr, SRC_LAST: tl.constexpr, DST_LAST: tl.constexpr,
+    SRC_UNIT: tl.constexpr, DST_UNIT: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN_C: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOX_W: tl.constexpr,
+):  # fmt: skip
+    """dst[n, co, q*phases + a] = bias[co] + sum over taps of phase a and over ci of src * weight.
+
+    Implicit GEMM: M = destination pixels of one phase (rows of BOX_W pixels), N = destination
+    channels of one group, K = taps of the phase times source channels.  `packed` is the weight as
+    [group, tap, c_dst, c_src], zero-padded to whole tiles.
+    """
+    ROWS: tl.constexpr = BLOCK_M // BOX_W
+    if SRC_LAST:
+        src_c = 1
+    if DST_LAST:
+        dst_c = 1
+    if SRC_UNIT:
+        src_w = 1
+    if DST_UNIT:
+        dst_w = 1
+    if ALIGNED:
+        # 16-byte vectors along the channels: every other stride is a whole number of them.
+        src_n = tl.multiple_of(src_n, 16)
+        src_d = tl.multiple_of(src_d, 16)
+        src_h = tl.multiple_of(src_h, 16)
+        src_w = tl.multiple_of(src_w, 16)
+    phases_d = strided if FORWARD else 1
+    phases_h = strideh if FORWARD else 1
+    phases_w = stridew if FORWARD else 1
+    mult_d = 1 if FORWARD else strided
+    mult_h = 1 if FORWARD else strideh
+    mult_w = 1 if FORWARD else stridew
+    q_d = (d_dst + phases_d - 1) // phases_d
+    q_h = (h_dst + phases_h - 1) // phases_h
+    q_w = (w_dst + phases_w - 1) // phases_w
+    tiles_n = tl.cdiv(c_dst, BLOCK_N)
+    tiles_w = tl.cdiv(q_w, BOX_W)
+    rows = batch * q_d * q_h
+    if LARGE:
+        rows = batch.to(tl.int64) * q_d * q_h
+    tiles_r = tl.cdiv(rows, ROWS).to(tl.int32)
+
+    # Programs that share source pixels (channel tiles, then phases) are neighbours, for the L2.
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    pid = pid // tiles_n
+    phase_w = pid % phases_w
+    pid = pid // phases_w
+    phase_h = pid % phases_h
+    pid = pid // phases_h
+    phase_d = pid % phases_d
+    pid = pid // phases_d
+    tile_w = pid % tiles_w
+    pid = pid // tiles_w
+    tile_r = pid % tiles_r
+    group = pid // tiles_r
+
+    first_d, tap_step_d, count_d, off_d, step_d = axis_taps(phase_d, kd, strided, padd, dild, gcdd, invd, FORWARD)
+    first_h, tap_step_h, count_h, off_h, step_h = axis_taps(phase_h, kh, strideh, padh, dilh, gcdh, invh, FORWARD)
+    first_w, tap_step_w, count_w, off_w, step_w = axis_taps(phase_w, kw, stridew, padw, dilw, gcdw, invw, FORWARD)
+
+    m = tl.arange(0, BLOCK_M)
+    row = tile_r * ROWS + m // BOX_W
+    qw = tile_w * BOX_W + m % BOX_W
+    if LARGE:
+        row = tile_r.to(tl.int64) * ROWS + m // BOX_W
+        qw = qw.to(tl.int64)
+    n, qd, qh = split_row(row, q_d, q_h)
+    row_ok = row < rows
+    id0 = (qd * mult_d + off_d).to(tl.int32)
+    ih0 = (qh * mult_h + off_h).to(tl.int32)
+    iw0 = (qw * mult_w + off_w).to(tl.int32)
+    if LARGE:
+        pixel = n * src_n + id0.to(tl.int64) * src_d + ih0.to(tl.int64) * src_h + iw0.to(tl.int64) * src_w
+    else:
+        pixel = n * src_n + id0 * src_d + ih0 * src_h + iw0 * src_w
+    k = tl.arange(0, BLOCK_K)
+    blocks = tl.cdiv(c_src, BLOCK_K)
+    tiles_total = tiles_n * BLOCK_N
+    width = blocks * BLOCK_K  # a packed row
+    co = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    taps_all = kd * kh * kw
+    packed_row = packed + (group.to(tl.int64) * taps_all * tiles_total + co)[:, None] * width + k[None, :]
+    group_c = group * c_src
+    if LARGE:
+        group_c = group.to(tl.int64) * c_src
+    src_base = src + group_c * src_c
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for i in range(count_d * count_h * count_w * blocks):
+        block = i % blocks
+        t = i // blocks
+        jw = t % count_w
+        t = t // count_w
+        jh = t % count_h
+        jd = t // count_h
+        tap = ((first_d + jd * tap_step_d) * kh + first_h + jh * tap_step_h) * kw + first_w + jw * tap_step_w
+        dd = jd * step_d
+        dh = jh * step_h
+        dw = jw * step_w
+        ok = row_ok & inside(id0 + dd, d_src) & inside(ih0 + dh, h_src) & inside(iw0 + dw, w_src)
+        if LARGE:
+            delta = dd.to(tl.int64) * src_d + dh.to(tl.int64) * src_h + dw.to(tl.int64) * src_w
+            c = (block * BLOCK_K + k).to(tl.int64)
+        else:
+            delta = dd * src_d + dh * src_h + dw * src_w
+            c = block * BLOCK_K + k
+        if EVEN_C:
+            mask = ok[:, None] & (k >= 0)[None, :]
+        else:
+            mask = ok[:, None] & (c < c_src)[None, :]
+        a = load_tile(src_base, pixel + delta, c * src_c, mask, SRC_LAST)
+        b = tl.load(packed_row + tap.to(tl.int64) * tiles_total * width + block * BLOCK_K)
+        if PRECISION == "widen":
+            b = b.to(tl.float32)
+        acc = matmul(operand(a, PRECISION), tl.trans(b), acc, PRECISION)
+
+    co_ok = co < c_dst
+    channel = group * c_dst + co
+    if HAS_BIAS:
+        acc += tl.load(bias + channel, mask=co_ok, other=0.0).to(ACC)[None, :]
+    od = qd * phases_d + phase_d
+    oh = qh * phases_h + phase_h
+    ow = qw * phases_w + phase_w
+    ok = row_ok & (od < d_dst) & (oh < h_dst) & (ow < w_dst)
+    if LARGE:
+        channel = channel.to(tl.int64)
+    out = n * dst_n + od * dst_d + oh * dst_h + ow * dst_w
+    store_tile(dst, out, channel * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAST)
+
+
+@triton.jit(
+    do_not_specialize=["c_src", "c_dst", "taps", "kh", "kw", "w_g", "w_s", "w_t", "w_d", "w_h", "w_w"],
+)
+def pack_weight(
+    weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w,
+    TF32: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """packed[group, tap, c_dst, c_src] from a weight of any strides, zero-padded to whole tiles.
+
+    Reduction channels become contiguous (the tensor core's K-major operand); fp32 is rounded to TF32
+    once here when TF32 is the precision.  w_g, w_s, w_t: the weight's strides along group, source
+    channel and destination channel.
+    """
+    width = tl.cdiv(c_src, BLOCK_K) * BLOCK_K
+    height = tl.cdiv(c_dst, BLOCK_N) * BLOCK_N
+    tiles_c = tl.cdiv(width, BLOCK_C)
+    tiles_t = tl.cdiv(taps, BLOCK_T)
+    pid = tl.program_id(0)
+    tile_t = pid % tiles_t
+    pid = pid // tiles_t
+    tile_c = pid % tiles_c
+    pid = pid // tiles_c
+    co = pid % height
+    group = (pid // height).to(tl.int64)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    cs = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    tap = (t // (kh * kw)).to(tl.int64) * w_d + (t // kw % kh).to(tl.int64) * w_h + (t % kw).to(tl.int64) * w_w
+    mask = (cs < c_src)[:, None] & (t < taps)[None, :] & (co < c_dst)
+    v = tl.load(weight + group * w_g + co.to(tl.int64) * w_t + cs[:, None] * w_s + tap[None, :], mask=mask, other=0.0)
+    if TF32:
+        v = round_tf32(v)
+    out = packed + ((group * taps + t[:, None]) * height + co) * width + cs[None, :]
+    tl.store(out, tl.trans(v), mask=(t < taps)[:, None] & (cs < width)[None, :])
+
+
+@triton.jit(
+    repr=kernel_name("tconv_weight_gemm"),
+    do_not_specialize=(
+        "batch c_in c_out groups d_in h_in w_in d_out h_out w_out kd kh kw strided strideh stridew padd padh padw "
+        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w per_split"
+    ).split(),
+)
+def weight_gemm(
+    x, y, partial,
+    batch, c_in, c_out, groups,  # channels are those of one group
+    d_in, h_in, w_in, d_out, h_out, w_out,
+    kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
+    x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w,
+    per_split,
+    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    LARGE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOX_W: tl.constexpr,
+):  # fmt: skip
+    """partial[split, tap, ci, co] = sum over this split's input pixels of x[ci] * y[co], y = grad_output.
+
+    GEMM a tap: M = input channels and N = output channels of one group, K = input pixels.  Each split
+    sums a fixed range of pixel tiles, so that the result is the same from run to run.
+    """
+    ROWS: tl.constexpr = BLOCK_K // BOX_W
+    if X_LAST:
+        x_c = 1
+    if Y_LAST:
+        y_c = 1
+    if X_UNIT:
+        x_w = 1
+    if Y_UNIT:
+        y_w = 1
+    tiles_m = tl.cdiv(c_in, BLOCK_M)
+    tiles_n = tl.cdiv(c_out, BLOCK_N)
+    taps = kd * kh * kw
+    # Taps are neighbours: they read the same x and overlapping y.
+    pid = tl.program_id(0)
+    tap = pid % taps
+    pid = pid // taps
+    tile_n = pid % tiles_n
+    pid = pid // tiles_n
+    tile_m = pid % tiles_m
+    pid = pid // tiles_m
+    group = pid % groups
+    split = pid // groups
+
+    off_d = tap // (kh * kw) * dild - padd
+    off_h = tap // kw % kh * dilh - padh
+    off_w = tap % kw * dilw - padw
+    ci = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    co = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ci_ok = ci < c_in
+    co_ok = co < c_out
+    x_channel = group * c_in + ci
+    y_channel = group * c_out + co
+    rows = batch * d_in * h_in
+    if LARGE:
+        rows = batch.to(tl.int64) * d_in * h_in
+        x_channel = x_channel.to(tl.int64)
+        y_channel = y_channel.to(tl.int64)
+    tiles_w = tl.cdiv(w_in, BOX_W)
+    tiles = tl.cdiv(rows, ROWS).to(tl.int32) * tiles_w
+    k = tl.arange(0, BLOCK_K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
+        tile_r = tile // tiles_w
+        row = tile_r * ROWS + k // BOX_W
+        iw = tile % tiles_w * BOX_W + k % BOX_W
+        if LARGE:
+            row = tile_r.to(tl.int64) * ROWS + k // BOX_W
+            iw = iw.to(tl.int64)
+        n, id_, ih = split_row(row, d_in, h_in)
+        x_ok = (row < rows) & (iw < w_in)
+        od = id_ * strided + off_d
+        oh = ih * strideh + off_h
+        ow = iw * stridew + off_w
+        y_ok = x_ok & (od >= 0) & (od < d_out) & (oh >= 0) & (oh < h_out) & (ow >= 0) & (ow < w_out)
+        x_pixel = n * x_n + id_ * x_d + ih * x_h + iw * x_w
+        y_pixel = n * y_n + od * y_d + oh * y_h + ow * y_w
+        a = load_tile(x, x_pixel, x_channel * x_c, y_ok[:, None] & ci_ok[None, :], X_LAST)
+        b = load_tile(y, y_pixel, y_channel * y_c, y_ok[:, None] & co_ok[None, :], Y_LAST)
+        acc = matmul(tl.trans(operand(a, PRECISION)), operand(b, PRECISION), acc, PRECISION)
+
+    out = partial + ((split.to(tl.int64) * taps + tap) * groups + group) * c_in * c_out
+    tl.store(out + ci[:, None] * c_out + co[None, :], acc, mask=ci_ok[:, None] & co_ok[None, :])

@@ -1,0 +1,377 @@
+"""Tensors in, tensors out: allocate the result, carry out the plan.
+
+The kernels are imported at the first launch, so that tconv imports where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+from .configs import cdiv
+from .dispatch import Plan, Problem, allow_tf32, plan, target_of
+from .geometry import Geometry
+
+INT32 = 2**31 - 1
+
+
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """torch's rule for a convolution's result: channels_last when either operand is laid out so."""
+    for t in tensors:
+        suggested = suggest_memory_format(t)
+        if suggested != torch.contiguous_format:
+            return suggested
+    return torch.contiguous_format
+
+
+def empty_output(input, weight, geometry_or_size, channels: int):
+    """The uninitialised result of the forward pass (also for fake tensors and symbolic sizes)."""
+    return torch.empty(
+        (input.shape[0], channels, *geometry_or_size),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=memory_format(input, weight),
+    )
+
+
+def strides5(t: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """Memory strides as (first, second, depth, height, width), 0 where a dimension is absent or of size 1."""
+    s = [st if n > 1 else 0 for n, st in zip(t.shape, t.stride())]
+    return (s[0], s[1], *([0] * (5 - len(s))), *s[2:])  # type: ignore[return-value]
+
+
+def sizes3(size) -> tuple[int, ...]:
+    """A spatial size as (depth, height, width)."""
+    return (1,) * (3 - len(size)) + tuple(size)
+
+
+def is_large(t: torch.Tensor) -> bool:
+    """Whether an element offset can pass 2^31: such tensors take kernels with 64-bit offsets."""
+    return sum((n - 1) * s for n, s in zip(t.shape, t.stride())) > INT32 - 2**16 or t.numel() > INT32 - 2**16
+
+
+def is_channels_last(t: torch.Tensor) -> bool:
+    """Whether neighbouring addresses are neighbouring channels rather than neighbouring pixels."""
+    return t.shape[1] > 1 and t.stride(1) == 1 and (t.shape[-1] == 1 or t.stride(-1) != 1)
+
+
+def is_unit(t: torch.Tensor) -> bool:
+    """Whether pixels along the width are contiguous."""
+    return t.shape[-1] > 1 and t.stride(-1) == 1
+
+
+def on_device(t: torch.Tensor):
+    """Triton launches on the current device; this makes it the tensor's."""
+    if t.device.type == "cuda" and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+def axis_scalars(geometry: Geometry, inverse: bool) -> tuple[int, ...]:
+    """kernel, stride, padding and dilation (and gcd and inverse) of the three axes, in the kernels' order."""
+    axes = geometry.axes3
+    names = ("kernel", "stride", "padding", "dilation") + (("gcd", "inverse") if inverse else ())
+    return tuple(getattr(a, name) for name in names for a in axes)
+
+
+def accumulator(dtype: torch.dtype):
+    import triton.language as tl
+
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def make_problem(direction, geometry, input_shape, c_out, dtype, gathered) -> Problem:
+    return Problem(
+        direction,
+        geometry,
+        input_shape[0],
+        input_shape[1],
+        c_out,
+        tuple(input_shape[2:]),
+        dtype,
+        allow_tf32(),
+        is_channels_last(gathered),
+    )
+
+
+def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
+    """conv_transpose of a batched, checked input."""
+    c_out = weight.shape[1] * geometry.groups
+    output = empty_output(input, weight, geometry.output_size(input.shape[2:]), c_out)
+    if output.numel() == 0:
+        return output
+    problem = make_problem("forward", geometry, input.shape, c_out, input.dtype, input)
+    chosen = plan(problem, target_of(input.device))
+    if chosen.family == "aten":
+        return output.copy_(
+            torch.ops.aten.convolution(
+                input,
+                weight,
+                bias,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                True,
+                geometry.output_padding,
+                geometry.groups,
+            )
+        )
+    gather(chosen, input, weight, bias, output, geometry, True)
+    return output
+
+
+def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch.Tensor:
+    """grad_input, of spatial size `input_size`."""
+    grad_input = empty_output(grad_output, weight, input_size, weight.shape[0])
+    if grad_input.numel() == 0:
+        return grad_input
+    if grad_output.numel() == 0:
+        return grad_input.zero_()
+    problem = make_problem(
+        "backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output.dtype, grad_output
+    )
+    chosen = plan(problem, target_of(grad_output.device))
+    if chosen.family == "aten":
+        return grad_input.copy_(_aten_backward(grad_output, grad_input, weight, geometry, 0))
+    gather(chosen, grad_output, weight, None, grad_input, geometry, False)
+    return grad_input
+
+
+def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
+    """grad_weight, of shape (in_channels, out_channels / groups, *kernel)."""
+    c_in, c_out, g = input.shape[1], grad_output.shape[1], geometry.groups
+    grad_weight = torch.empty(
+        (c_in, c_out // g, *geometry.kernel),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=memory_format(input, grad_output),
+    )
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return grad_weight.zero_()
+    problem = make_problem("backward_weight", geometry, input.shape, c_out, input.dtype, input)
+    chosen = plan(problem, target_of(input.device))
+    if chosen.family == "aten":
+        return grad_weight.copy_(_aten_backward(grad_output, input, grad_weight, geometry, 1))
+
+    from .kernels.direct import weight_direct
+    from .kernels.gemm import weight_gemm
+
+    config = chosen.config
+    assert config is not None
+    acc = accumulator(input.dtype)
+    columns, taps = c_in * (c_out // g), geometry.taps
+    partial = torch.empty(
+        (chosen.splits, taps, columns),
+        dtype=torch.float64 if input.dtype is torch.float64 else torch.float32,
+        device=input.device,
+    )
+    scalars = (
+        input.shape[0],
+        c_in // g,
+        c_out // g,
+        g,
+        *sizes3(input.shape[2:]),
+        *sizes3(grad_output.shape[2:]),
+        *axis_scalars(geometry, inverse=False),
+        *strides5(input),
+        *strides5(grad_output),
+        chosen.tiles_per_split,
+    )
+    constants = dict(
+        X_LAST=is_channels_last(input),
+        Y_LAST=is_channels_last(grad_output),
+        X_UNIT=is_unit(input),
+        Y_UNIT=is_unit(grad_output),
+        LARGE=is_large(input) or is_large(grad_output),
+        ACC=acc,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BOX_W=config.box_w,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    with on_device(input):
+        if chosen.family == "direct":
+            grid = taps * cdiv(columns, config.block_n) * chosen.splits
+            weight_direct[(grid,)](input, grad_output, partial, *scalars, **constants)
+        else:
+            tiles = cdiv(c_in // g, config.block_m) * cdiv(c_out // g, config.block_n)
+            weight_gemm[(taps * tiles * g * chosen.splits,)](
+                input,
+                grad_output,
+                partial,
+                *scalars,
+                **constants,
+                PRECISION=chosen.precision,
+                BLOCK_K=config.block_k,
+            )
+        _sum_partials(partial, grad_weight, c_out // g, geometry.axes3)
+    return grad_weight
+
+
+def backward_bias(grad_output) -> torch.Tensor:
+    """grad_bias: grad_output summed over everything but the channels, accumulated in fp32."""
+    from .configs import direct, splits
+    from .kernels.reduce import sum_pixels
+
+    batch, channels, *size = grad_output.shape
+    grad_bias = torch.empty((channels,), dtype=grad_output.dtype, device=grad_output.device)
+    if grad_output.numel() == 0:
+        return grad_bias.zero_()
+    last = is_channels_last(grad_output)
+    d, h, w = sizes3(size)
+    target = target_of(grad_output.device)
+    config = direct(batch * d * h, w, channels, last, target)
+    tiles = cdiv(batch * d * h, config.block_m // config.box_w) * cdiv(w, config.box_w)
+    programs = cdiv(channels, config.block_n)
+    count, per_split = splits(tiles, programs, channels, config.block_m, target)
+    partial = torch.empty(
+        (count, 1, channels),
+        dtype=torch.float64 if grad_output.dtype is torch.float64 else torch.float32,
+        device=grad_output.device,
+    )
+    with on_device(grad_output):
+        sum_pixels[(programs * count,)](
+            grad_output,
+            partial,
+            batch,
+            channels,
+            d,
+            h,
+            w,
+            *strides5(grad_output),
+            per_split,
+            Y_LAST=last,
+            Y_UNIT=is_unit(grad_output),
+            LARGE=is_large(grad_output),
+            ACC=accumulator(grad_output.dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BOX_W=config.box_w,
+            num_warps=config.num_warps,
+        )
+        _sum_partials(partial, grad_bias.view(channels, 1, 1, 1, 1), 1, None)
+    return grad_bias
+
+
+def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool) -> None:
+    """Launch the family's gather kernel: the forward pass, or backward_input with the roles exchanged."""
+    from .kernels.direct import gather_direct
+    from .kernels.gemm import gather_gemm, pack_weight
+
+    config = chosen.config
+    assert config is not None
+    g = geometry.groups
+    c_src, c_dst = source.shape[1] // g, destination.shape[1] // g
+    size = sizes3(destination.shape[2:])
+    phases = geometry.phases if is_forward else 1
+    quotient = [cdiv(o, a.stride if is_forward else 1) for o, a in zip(size, geometry.axes3)]
+    rows = source.shape[0] * quotient[0] * quotient[1]
+    tiles = cdiv(rows, config.block_m // config.box_w) * cdiv(quotient[2], config.box_w) * phases
+    # The weight's strides along group, source channel, destination channel and taps.
+    w_i, w_o, *w_taps = strides5(weight)
+    w_roles = (c_src * w_i, w_i, w_o) if is_forward else (c_dst * w_i, w_o, w_i)
+    last = is_channels_last(source)
+    scalars = (
+        source.shape[0],
+        c_src,
+        c_dst,
+        *sizes3(source.shape[2:]),
+        *size,
+        *axis_scalars(geometry, inverse=True),
+        *strides5(source),
+        *strides5(destination),
+    )
+    constants = dict(
+        FORWARD=is_forward,
+        SRC_LAST=last,
+        DST_LAST=is_channels_last(destination),
+        SRC_UNIT=is_unit(source),
+        DST_UNIT=is_unit(destination),
+        HAS_BIAS=bias is not None,
+        LARGE=is_large(source) or is_large(destination),
+        ACC=accumulator(source.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BOX_W=config.box_w,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    bias = source if bias is None else bias.contiguous()
+    with on_device(source):
+        if chosen.family == "direct":
+            grid = tiles * cdiv(c_dst * g, config.block_n)
+            gather_direct[(grid,)](source, weight, bias, destination, *scalars, g, *w_roles, *w_taps, **constants)
+            return
+        height = cdiv(c_dst, config.block_n) * config.block_n
+        width = cdiv(c_src, config.block_k) * config.block_k
+        packed = torch.empty((g * geometry.taps, height, width), dtype=weight.dtype, device=weight.device)
+        block_t, block_c = 16, min(64, width)
+        pack_weight[(cdiv(geometry.taps, block_t) * cdiv(width, block_c) * height * g,)](
+            weight,
+            packed,
+            c_src,
+            c_dst,
+            geometry.taps,
+            *[a.kernel for a in geometry.axes3[1:]],
+            *w_roles,
+            *w_taps,
+            TF32=chosen.precision == "tf32",
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            BLOCK_T=block_t,
+            BLOCK_C=block_c,
+        )
+        even = c_src % config.block_k == 0
+        gather_gemm[(tiles * (height // config.block_n) * g,)](
+            source,
+            packed,
+            bias,
+            destination,
+            *scalars,
+            **constants,
+            ALIGNED=last and even and all(s % 16 == 0 for i, s in enumerate(strides5(source)) if i != 1),
+            EVEN_C=even,
+            PRECISION=chosen.precision,
+            BLOCK_K=config.block_k,
+        )
+
+
+def _sum_partials(partial, grad, c_out, axes) -> None:
+    from .kernels.reduce import sum_partials
+
+    splits, taps, columns = partial.shape
+    _, kh, kw = (a.kernel for a in axes) if axes else (1, 1, 1)
+    block = 1024
+    sum_partials[(cdiv(taps * columns, block),)](
+        partial,
+        grad,
+        splits,
+        taps,
+        columns,
+        c_out,
+        kh,
+        kw,
+        *strides5(grad),
+        ACC=accumulator(partial.dtype),
+        BLOCK=block,
+    )
+
+
+def _aten_backward(grad_output, input, weight, geometry: Geometry, index: int) -> torch.Tensor:
+    """aten's gradient of the input (index 0) or the weight (1); the other operand gives its shape alone."""
+    return torch.ops.aten.convolution_backward(
+        grad_output,
+        input,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        True,
+        geometry.output_padding,
+        geometry.groups,
+        [index == 0, index == 1, False],
+    )[index]

@@ -1,0 +1,237 @@
+"""The operators torch knows: schemas, fakes, autograd, batching rules.
+
+Four operators, closed under differentiation: each is linear in each of its tensors and its
+derivatives are the others, so gradients of any order run on the same kernels.
+Inputs are batched and checked (functional.py does both); spatial arguments have one entry an axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.library import Library, register_autograd, register_fake, register_vmap
+
+from . import launch
+from .geometry import Geometry, make_geometry
+
+_LAYER = "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt groups, SymInt[] dilation"
+library = Library("tconv", "DEF")
+library.define(
+    f"conv_transpose(Tensor input, Tensor weight, Tensor? bias, {_LAYER}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    f"backward_input(Tensor grad_output, Tensor weight, SymInt[] input_size, {_LAYER}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    f"backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, {_LAYER}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define("backward_bias(Tensor grad_output) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+conv_transpose = torch.ops.tconv.conv_transpose
+backward_input = torch.ops.tconv.backward_input
+backward_weight = torch.ops.tconv.backward_weight
+backward_bias = torch.ops.tconv.backward_bias
+
+
+def _geometry(kernel, layer) -> Geometry:
+    stride, padding, output_padding, groups, dilation = layer
+    return make_geometry(
+        tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
+    )
+
+
+def _conv_transpose(input, weight, bias, *layer):
+    return launch.forward(input, weight, bias, _geometry(weight.shape[2:], layer))
+
+
+def _backward_input(grad_output, weight, input_size, *layer):
+    return launch.backward_input(grad_output, weight, input_size, _geometry(weight.shape[2:], layer))
+
+
+def _backward_weight(grad_output, input, kernel_size, *layer):
+    return launch.backward_weight(grad_output, input, _geometry(kernel_size, layer))
+
+
+for _name, _function in (
+    ("conv_transpose", _conv_transpose),
+    ("backward_input", _backward_input),
+    ("backward_weight", _backward_weight),
+    ("backward_bias", launch.backward_bias),
+):
+    for _key in ("CPU", "CUDA"):
+        library.impl(_name, _function, _key)
+
+
+# Fakes: shapes and memory formats by the rules of the real ones, symbolic sizes included.
+
+
+@register_fake("tconv::conv_transpose", lib=library)
+def _(input, weight, bias, stride, padding, output_padding, groups, dilation):
+    kernel = tuple(weight.shape[2:])
+    geometry = Geometry(kernel, tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
+    return launch.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * groups)
+
+
+@register_fake("tconv::backward_input", lib=library)
+def _(grad_output, weight, input_size, *layer):
+    return launch.empty_output(grad_output, weight, input_size, weight.shape[0])
+
+
+@register_fake("tconv::backward_weight", lib=library)
+def _(grad_output, input, kernel_size, stride, padding, output_padding, groups, dilation):
+    return torch.empty(
+        (input.shape[1], grad_output.shape[1] // groups, *kernel_size),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=launch.memory_format(input, grad_output),
+    )
+
+
+@register_fake("tconv::backward_bias", lib=library)
+def _(grad_output):
+    return grad_output.new_empty((grad_output.shape[1],))
+
+
+# Autograd.  Every backward is made of the operators above, so it is differentiable again.
+
+
+def _conv_transpose_setup(ctx, inputs, output):
+    input, weight, bias, *layer = inputs
+    ctx.save_for_backward(input, weight)
+    ctx.layer = layer
+
+
+def _conv_transpose_backward(ctx, grad):
+    input, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        backward_input(grad, weight, input.shape[2:], *ctx.layer) if needs[0] else None,
+        backward_weight(grad, input, weight.shape[2:], *ctx.layer) if needs[1] else None,
+        backward_bias(grad) if needs[2] else None,
+        *(None,) * 5,
+    )
+
+
+def _backward_input_setup(ctx, inputs, output):
+    grad_output, weight, _, *layer = inputs
+    ctx.save_for_backward(grad_output, weight)
+    ctx.layer = layer
+
+
+def _backward_input_backward(ctx, grad):
+    grad_output, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        conv_transpose(grad, weight, None, *ctx.layer) if needs[0] else None,
+        backward_weight(grad_output, grad, weight.shape[2:], *ctx.layer) if needs[1] else None,
+        *(None,) * 6,
+    )
+
+
+def _backward_weight_setup(ctx, inputs, output):
+    grad_output, input, _, *layer = inputs
+    ctx.save_for_backward(grad_output, input)
+    ctx.layer = layer
+
+
+def _backward_weight_backward(ctx, grad):
+    grad_output, input = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    return (
+        conv_transpose(input, grad, None, *ctx.layer) if needs[0] else None,
+        backward_input(grad_output, grad, input.shape[2:], *ctx.layer) if needs[1] else None,
+        *(None,) * 6,
+    )
+
+
+def _backward_bias_setup(ctx, inputs, output):
+    ctx.shape = inputs[0].shape
+
+
+def _backward_bias_backward(ctx, grad):
+    return grad.view(-1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
+
+
+register_autograd(
+    "tconv::conv_transpose", _conv_transpose_backward, setup_context=_conv_transpose_setup, lib=library
+)
+register_autograd(
+    "tconv::backward_input", _backward_input_backward, setup_context=_backward_input_setup, lib=library
+)
+register_autograd(
+    "tconv::backward_weight", _backward_weight_backward, setup_context=_backward_weight_setup, lib=library
+)
+register_autograd("tconv::backward_bias", _backward_bias_backward, setup_context=_backward_bias_setup, lib=library)
+
+
+# Batching rules: the mapped dimension joins the batch where the weight is shared, and the groups
+# where every sample has a weight (or a weight gradient) of its own.  One launch either way.
+
+
+def _into(t: torch.Tensor, mapped: int | None, size: int, dim: int) -> torch.Tensor:
+    """t with its mapped dimension (expanded where there is none) folded in front of dimension `dim`."""
+    t = t.unsqueeze(dim).expand(*t.shape[:dim], size, *t.shape[dim:]) if mapped is None else t.movedim(mapped, dim)
+    return t.flatten(dim, dim + 1)
+
+
+def _out(t: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """t with the mapped dimension of `size` taken out of dimension `dim` again."""
+    return t.unflatten(dim, (size, t.shape[dim] // size if size else 0))
+
+
+def _grouped(layer, size):
+    stride, padding, output_padding, groups, dilation = layer
+    return stride, padding, output_padding, groups * size, dilation
+
+
+@register_vmap("tconv::conv_transpose", lib=library)
+def _(info, in_dims, input, weight, bias, *layer):
+    size = info.batch_size
+    x_dim, w_dim, b_dim = in_dims[:3]
+    late_bias = None
+    if b_dim is not None:  # a bias a sample: added after, so that the weight need not be
+        late_bias, bias = bias.movedim(b_dim, 0), None
+    if w_dim is None and x_dim is None:
+        y, dim = conv_transpose(input, weight, bias, *layer), None
+    elif w_dim is None:
+        y, dim = _out(conv_transpose(_into(input, x_dim, size, 0), weight, bias, *layer), size, 0), 0
+    else:
+        bias = None if bias is None else bias.repeat(size)
+        y = conv_transpose(_into(input, x_dim, size, 1), _into(weight, w_dim, size, 0), bias, *_grouped(layer, size))
+        y, dim = _out(y, size, 1), 1
+    if late_bias is not None:
+        y = y.movedim(dim, 0) if dim is not None else y
+        y, dim = y + late_bias[(slice(None), None, slice(None)) + (None,) * len(layer[0])], 0
+    return y, dim
+
+
+@register_vmap("tconv::backward_input", lib=library)
+def _(info, in_dims, grad_output, weight, input_size, *layer):
+    size = info.batch_size
+    g_dim, w_dim = in_dims[:2]
+    if w_dim is None:
+        return _out(backward_input(_into(grad_output, g_dim, size, 0), weight, input_size, *layer), size, 0), 0
+    grad = backward_input(
+        _into(grad_output, g_dim, size, 1), _into(weight, w_dim, size, 0), input_size, *_grouped(layer, size)
+    )
+    return _out(grad, size, 1), 1
+
+
+@register_vmap("tconv::backward_weight", lib=library)
+def _(info, in_dims, grad_output, input, kernel_size, *layer):
+    size = info.batch_size
+    grad = backward_weight(
+        _into(grad_output, in_dims[0], size, 1),
+        _into(input, in_dims[1], size, 1),
+        kernel_size,
+        *_grouped(layer, size),
+    )
+    return _out(grad, size, 0), 0
+
+
+@register_vmap("tconv::backward_bias", lib=library)
+def _(info, in_dims, grad_output):
+    size = info.batch_size
+    return _out(backward_bias(_into(grad_output, in_dims[0], size, 1)), size, 0), 0
