@@ -118,8 +118,7 @@ def _explain_call(
     bias_shape = None if bias is None else bias.shape
     check(ndim, batched.shape, weight.shape, bias_shape, *layer, groups, dilations)
     geometry = make_geometry(tuple(weight.shape[2:]), *layer, groups, dilations)
-    if torch.is_autocast_enabled(input.device.type):
-        batched, weight, bias = functional.autocast(input.device.type, batched, weight, bias)
+    batched, weight, bias = functional.autocast(input.device.type, batched, weight, bias)
     reason = reason or refuse(batched, weight, bias)
     c_out = weight.shape[1] * groups
     passes = []

@@ -6,7 +6,7 @@ import torch
 
 from . import ops
 from .dispatch import refuse
-from .geometry import as_tuple, check, check_cached
+from .geometry import as_int, as_tuple, check, check_cached
 
 # Called with (input, weight, bias, stride, ...) of every call; explain() listens here.
 observers: list = []
@@ -41,7 +41,10 @@ _DOC = """Transposed convolution over {axes}, as torch.nn.functional.conv_transp
 
 
 def autocast(device_type: str, *tensors):
-    """Tensors as autocast would hand them to aten's convolution."""
+    """Tensors as autocast, where it is on, would hand them to aten's convolution."""
+    # Other devices run aten, which knows of their autocast; "meta" has none and torch refuses to be asked.
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
+        return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype)
@@ -71,7 +74,7 @@ def conv_transpose(ndim, input, weight, bias, stride, padding, output_padding, g
     for observe in observers:
         observe((input, weight, bias, stride, padding, output_padding, groups, dilation))
     original = input, weight, bias
-    if isinstance(input, torch.Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, torch.Tensor):
         input, weight, bias = autocast(input.device.type, input, weight, bias)
     if refuse(input, weight, bias) is not None:
         return ATEN[ndim](*original, stride, padding, output_padding, groups, dilation)
@@ -85,8 +88,7 @@ def conv_transpose(ndim, input, weight, bias, stride, padding, output_padding, g
     padding = as_tuple(padding, "padding", ndim)
     output_padding = as_tuple(output_padding, "output_padding", ndim)
     dilation = as_tuple(dilation, "dilation", ndim)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"conv_transpose{ndim}d(): argument 'groups' must be int, got {type(groups).__name__}")
+    groups = as_int(groups, "groups", ndim, "an int")
     unbatched = input.ndim == ndim + 1
     if unbatched:
         input = input.unsqueeze(0)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
 
+import torch
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -123,6 +125,20 @@ def make_geometry(kernel, stride, padding, output_padding, groups, dilation) -> 
     return Geometry(kernel, stride, padding, output_padding, groups, dilation)
 
 
+def as_int(value, name: str, ndim: int, wanted: str) -> int:
+    """An int, or whatever stands for one (NumPy's ints, a tensor of one int), but not a bool; else TypeError."""
+    if type(value) is int or isinstance(value, torch.SymInt):  # a symbol must not become a constant
+        return value
+    try:
+        if not isinstance(value, bool):
+            return value.__index__()
+    except (AttributeError, TypeError):
+        pass
+    raise TypeError(
+        f"conv_transpose{ndim}d(): argument '{name}' must be {wanted}, got {value!r} of type {type(value).__name__}"
+    )
+
+
 def as_tuple(value, name: str, ndim: int) -> tuple[int, ...]:
     """An int or a sequence of ints as a tuple of `ndim` ints, as torch broadcasts them.
 
@@ -132,19 +148,14 @@ def as_tuple(value, name: str, ndim: int) -> tuple[int, ...]:
         values = tuple(value)
     else:
         values = (value,)
-    for v in values:
-        if isinstance(v, bool) or not hasattr(v, "__index__"):
-            raise TypeError(
-                f"conv_transpose{ndim}d(): argument '{name}' must be an int or a tuple of {ndim} ints, "
-                f"got {value!r} of type {type(value).__name__}"
-            )
+    values = tuple(as_int(v, name, ndim, f"an int or a tuple of {ndim} ints") for v in values)
     if len(values) == 1:
         values = values * ndim
     if len(values) != ndim:
         raise RuntimeError(
             f"conv_transpose{ndim}d(): expected {name} to be a single int or {ndim} ints, got {name}={list(values)}"
         )
-    return tuple(v if type(v) is int else v.__index__() for v in values)
+    return values
 
 
 def check(ndim, input_shape, weight_shape, bias_shape, stride, padding, output_padding, groups, dilation) -> None:

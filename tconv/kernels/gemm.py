@@ -63,11 +63,13 @@ def gather_gemm(
     if DST_UNIT:
         dst_w = 1
     if ALIGNED:
-        # 16-byte vectors along the channels: every other stride is a whole number of them.
-        src_n = tl.multiple_of(src_n, 16)
-        src_d = tl.multiple_of(src_d, 16)
-        src_h = tl.multiple_of(src_h, 16)
-        src_w = tl.multiple_of(src_w, 16)
+        # 16-byte vectors along the channels: every other stride is a whole number of them.  Spelt as
+        # arithmetic, since the compiler drops tl.multiple_of on a kernel's argument.
+        src_n = src_n // 16 * 16
+        src_d = src_d // 16 * 16
+        src_h = src_h // 16 * 16
+        src_w = src_w // 16 * 16
+        c_src = c_src // 16 * 16
     phases_d = strided if FORWARD else 1
     phases_h = strideh if FORWARD else 1
     phases_w = stridew if FORWARD else 1

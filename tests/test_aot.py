@@ -1,0 +1,178 @@
+"""Every kernel compiles for every GPU served, under the installed Triton and others, and fits there.
+
+The launches are recorded from the library itself at the sizes of real layers (meta tensors, so that neither a
+GPU nor memory is needed) and compiled by tests/aot.py.  TCONV_TRITON_DIRS lists directories that hold other
+Triton releases (pip install --no-deps --target DIR triton==X), separated as in PATH.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tconv import launch as launcher
+from tconv.configs import Target
+from tconv.geometry import Geometry
+
+KERNELS = {
+    "gemm": ("gather_gemm", "pack_weight", "weight_gemm"),
+    "direct": ("gather_direct", "weight_direct"),
+    "reduce": ("sum_partials", "sum_pixels"),
+}
+# name: (Target, aot.py's arguments, shared memory a block in bytes).  Kernels for sm_80 also serve sm_86 and sm_89.
+TARGETS = {
+    "sm_80": (Target("cuda", 80, 108), ("cuda", "80"), 99 * 1024),
+    "sm_90": (Target("cuda", 90, 132), ("cuda", "90"), 227 * 1024),
+    "sm_100": (Target("cuda", 100, 148), ("cuda", "100"), 227 * 1024),
+    "gfx942": (Target("hip", 0, 304), ("hip", "gfx942"), 64 * 1024),
+}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+LAST, FIRST = True, False
+
+
+def layer(c_in, c_out, kernel, size, batch, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    n = len(size)
+    values = ((v,) * n for v in (kernel, stride, padding, output_padding))
+    return batch, c_in, c_out, size, Geometry(*values, groups, (dilation,) * n)
+
+
+# name: (layer, dtype, channels_last, tf32)
+LAYERS = {
+    "dcgan-bf16-nhwc": (layer(512, 256, 4, (8, 8), 64, stride=2, padding=1), BF16, LAST, True),
+    "dcgan-fp16-nchw": (layer(512, 256, 4, (8, 8), 64, stride=2, padding=1), FP16, FIRST, True),
+    "unet-tf32-nchw": (layer(256, 128, 2, (56, 56), 16, stride=2), FP32, FIRST, True),
+    "unet-tf32-nhwc": (layer(256, 128, 2, (56, 56), 16, stride=2), FP32, LAST, True),
+    "square-fp32-nchw": (layer(64, 128, 3, (128, 128), 8, padding=1), FP32, FIRST, False),
+    "square-fp32-nhwc": (layer(64, 128, 3, (128, 128), 8, padding=1), FP32, LAST, False),
+    "image-bf16-nhwc": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, LAST, True),
+    "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),
+    "volume-groups-fp32": (layer(32, 32, 3, (16, 32, 32), 8, stride=2, groups=4), FP32, FIRST, True),
+    "vocoder-fp16": (layer(512, 256, 16, (32,), 16, stride=8, padding=4), FP16, FIRST, True),
+    "depthwise-bf16-nhwc": (layer(256, 256, 3, (56, 56), 32, stride=2, padding=1, groups=256), BF16, LAST, True),
+    "depthwise-fp32-nchw": (layer(256, 256, 3, (56, 56), 32, stride=2, padding=1, groups=256), FP32, FIRST, True),
+    "large-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2), BF16, LAST, True),
+    "large-fp32-nchw": (layer(64, 64, 2, (2048, 2048), 16, stride=2), FP32, FIRST, True),
+    "large-depthwise-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2, groups=64), BF16, LAST, True),
+}
+
+
+def triton_type(value) -> str:
+    """An argument's type in a kernel's signature, with what a launch would specialise it on."""
+    if isinstance(value, torch.Tensor):
+        names = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
+        small = value.untyped_storage().nbytes() < 2**31  # AMD's compiler asks
+        return names[value.dtype] + (" DS" if small else " D")
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+class Recorder:
+    """Stands in for a kernel and writes its launches down."""
+
+    def __init__(self, module, kernel, launches):
+        self.module, self.kernel, self.launches = module, kernel, launches
+        self.names = list(inspect.signature(getattr(importlib.import_module(f"tconv.kernels.{module}"), kernel).fn).parameters)
+
+    def __getitem__(self, grid):
+        assert all(0 < n < 2**31 for n in grid)
+        return self.launch
+
+    def launch(self, *args, **constants):
+        options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+        if "ACC" in constants:
+            constants["ACC"] = constants["ACC"].name.replace("fp", "float")
+        arguments = dict(zip(self.names, args))
+        assert set(self.names) == set(arguments) | set(constants)
+        self.launches.append(
+            dict(
+                module=self.module,
+                kernel=self.kernel,
+                types={name: triton_type(value) for name, value in arguments.items()},
+                constants=constants,
+                options=options,
+            )
+        )
+
+
+def record(target: Target) -> list[dict]:
+    """The distinct launches of all passes of all layers on a target."""
+    launches: dict[str, dict] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        found: list[dict] = []
+        for module, names in KERNELS.items():
+            for name in names:
+                patch.setattr(f"tconv.kernels.{module}.{name}", Recorder(module, name, found))
+        patch.setattr(launcher, "target_of", lambda device: target)
+        for title, ((batch, c_in, c_out, size, geometry), dtype, last, tf32) in LAYERS.items():
+            patch.setattr(launcher, "allow_tf32", lambda tf32=tf32: tf32)
+            formats = {2: torch.channels_last, 3: torch.channels_last_3d} if last else {}
+            like = dict(dtype=dtype, device="meta")
+            x = torch.empty((batch, c_in, *size), **like, memory_format=formats.get(len(size), torch.contiguous_format))
+            weight = torch.empty((c_in, c_out // geometry.groups, *geometry.kernel), **like)
+            y = launcher.forward(x, weight, torch.empty(c_out, **like), geometry)
+            forward = len(found)
+            launcher.backward_input(y, weight, size, geometry)
+            launcher.backward_weight(y, x, geometry)
+            launcher.backward_bias(y)
+            for i, each in enumerate(found):
+                name = f"{title} {'forward' if i < forward else 'backward'} {each['kernel']}"
+                launches.setdefault(json.dumps(each), each | {"name": name})
+            found.clear()
+    return list(launches.values())
+
+
+def matrix_instruction(launch, target: str) -> tuple[str, ...]:
+    """The matrix instructions of which a GEMM kernel must use one."""
+    if "PRECISION" not in launch["constants"]:
+        return ()
+    return {"sm_80": ("mma.sync",), "sm_90": ("wgmma",), "sm_100": ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}[target]
+
+
+def releases():
+    directories = os.environ.get("TCONV_TRITON_DIRS")
+    unset = pytest.mark.skip(reason="TCONV_TRITON_DIRS names no other Triton release")
+    others = (
+        [pytest.param(d, id=Path(d).name) for d in directories.split(os.pathsep)]
+        if directories
+        else [pytest.param("", id="others", marks=unset)]
+    )
+    return [pytest.param(None, id="installed"), *others]
+
+
+def test_every_kernel_is_listed():
+    import triton.runtime
+
+    for module, names in KERNELS.items():
+        contents = vars(importlib.import_module(f"tconv.kernels.{module}"))
+        kernels = {
+            name
+            for name, value in contents.items()
+            if isinstance(value, triton.runtime.KernelInterface) and value.fn.__module__ == f"tconv.kernels.{module}"
+        }
+        assert kernels == set(names)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("directory", releases())
+def test_compiles_and_fits(directory, target, tmp_path):
+    description, arguments, shared_limit = TARGETS[target]
+    launches = record(description)
+    assert {each["kernel"] for each in launches} == {name for names in KERNELS.values() for name in names}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    if directory is not None:
+        assert (Path(directory) / "triton" / "__init__.py").is_file(), f"TCONV_TRITON_DIRS: no triton in {directory}"
+        environment["PYTHONPATH"] = directory
+    process = subprocess.run(
+        [sys.executable, Path(__file__).with_name("aot.py"), *arguments],
+        input=json.dumps(launches),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    results = {r["launch"]: r for r in map(json.loads, process.stdout.splitlines())}

@@ -1,0 +1,249 @@
+"""forward, backward_input, backward_weight and backward_bias against the fp64 oracle, over listed cases."""
+
+import functools
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from oracle import ATEN, assert_no_worse, errors, oracle, passes, round_tf32
+
+import tconv
+
+TCONV = {1: tconv.conv_transpose1d, 2: tconv.conv_transpose2d, 3: tconv.conv_transpose3d}
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    input: tuple
+    weight: tuple
+    layer: dict = field(default_factory=dict)
+    bias: bool = True
+
+    @property
+    def ndim(self):
+        return len(self.weight) - 2
+
+
+CASES = [
+    Case("2d_k3s1", (2, 5, 6, 7), (5, 4, 3, 3)),
+    Case("2d_k4s2p1", (2, 16, 5, 6), (16, 12, 4, 4), dict(stride=2, padding=1)),
+    Case("2d_k2s2_stride_is_kernel", (2, 8, 4, 5), (8, 6, 2, 2), dict(stride=2)),
+    Case("2d_k3s2p1op1", (1, 17, 4, 4), (17, 3, 3, 3), dict(stride=2, padding=1, output_padding=1), False),
+    Case("2d_k1s2_kernel_below_stride", (1, 4, 3, 3), (4, 5, 1, 1), dict(stride=2, output_padding=1)),
+    Case("2d_k2s5_kernel_below_stride", (1, 4, 3, 3), (4, 5, 2, 2), dict(stride=5, output_padding=3)),
+    Case("2d_d2s2_gcd2", (1, 4, 4, 5), (4, 5, 3, 3), dict(stride=2, dilation=2, padding=1)),
+    Case("2d_d4s6_gcd2_d3s2", (1, 4, 4, 5), (4, 5, 3, 4), dict(stride=(6, 2), dilation=(4, 3), padding=(2, 5))),
+    Case("2d_d3s1_output_padding_below_dilation", (1, 4, 3, 3), (4, 2, 2, 2), dict(dilation=3, output_padding=2)),
+    Case("2d_padding_beyond_kernel", (1, 3, 9, 9), (3, 2, 2, 2), dict(stride=2, padding=5)),
+    Case("2d_one_pixel", (3, 20, 1, 1), (20, 18, 4, 4)),
+    Case("2d_one_channel", (2, 1, 5, 5), (1, 1, 3, 3), dict(stride=2)),
+    Case("2d_channels_21_to_3", (1, 21, 5, 5), (21, 3, 4, 4), dict(stride=2, padding=1)),
+    Case("2d_channels_130", (1, 130, 3, 3), (130, 33, 2, 2), dict(stride=2)),
+    Case("2d_asymmetric", (1, 6, 3, 8), (6, 5, 2, 5), dict(stride=(3, 1), padding=(0, 2), dilation=(1, 2))),
+    Case("2d_groups3", (2, 18, 4, 5), (18, 5, 3, 3), dict(stride=2, groups=3)),
+    Case("2d_groups2_wide", (1, 64, 3, 4), (64, 33, 3, 3), dict(stride=2, groups=2)),
+    Case("2d_depthwise", (2, 9, 5, 6), (9, 1, 4, 4), dict(stride=2, padding=1, groups=9)),
+    Case("2d_depthwise_multiplier3", (1, 6, 5, 4), (6, 3, 3, 3), dict(stride=2, groups=6)),
+    Case("2d_groups_4_to_2", (1, 8, 4, 4), (8, 2, 3, 3), dict(stride=(1, 2), groups=2, dilation=2)),
+    Case("1d_k16s8p4", (2, 12, 9), (12, 7, 16), dict(stride=8, padding=4)),
+    Case("1d_k70s32", (1, 3, 5), (3, 2, 70), dict(stride=32)),
+    Case("1d_depthwise_k12s2", (2, 6, 17), (6, 1, 12), dict(stride=2, padding=5, groups=6)),
+    Case("1d_long", (1, 4, 300), (4, 4, 3), dict(stride=2, padding=1)),
+    Case("3d_k2s2", (2, 6, 3, 2, 3), (6, 5, 2, 2, 2), dict(stride=2)),
+    Case("3d_k3s2p1op1", (1, 5, 2, 3, 4), (5, 3, 3, 3, 3), dict(stride=2, padding=1, output_padding=1)),
+    Case("3d_k3x1x2", (1, 4, 2, 3, 4), (4, 3, 3, 1, 2), dict(stride=(1, 2, 3), padding=(1, 0, 0))),
+    Case("3d_depthwise", (1, 4, 3, 3, 4), (4, 1, 3, 3, 3), dict(stride=2, padding=1, groups=4)),
+]
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+PRECISIONS = ("float64", "ieee", "tf32", "float16", "bfloat16")
+
+
+def by_id(name):
+    return next(c for c in CASES if c.id == name)
+
+
+def _draw(dtype, device, shape):
+    return torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
+
+
+def make(case, dtype, device, channels_last=False):
+    """Random (input, weight, bias, grad_output) of a case."""
+    g = case.layer.get("groups", 1)
+    draw = functools.partial(_draw, dtype, device)
+    input, weight = draw(case.input), draw(case.weight)
+    bias = draw((case.weight[1] * g,)) if case.bias else None
+    shape = ATEN[case.ndim](torch.empty(case.input, device="meta"), torch.empty(case.weight, device="meta"), **case.layer)
+    grad = draw(shape.shape)
+    if channels_last:
+        input, grad = (t.contiguous(memory_format=LAST[input.ndim]) for t in (input, grad))
+    return input, weight, bias, grad
+
+
+def check(case, precision, device, channels_last=False):
+    if precision == "float64" and device != "cpu":
+        pytest.skip("float64 runs on the kernels in the interpreter alone")
+    dtype = getattr(torch, precision, torch.float32)
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    tensors = make(case, dtype, device, channels_last)
+    actual = passes(TCONV[case.ndim], *tensors, **case.layer)
+    plan = tconv.explain(*tensors[:3], **case.layer).passes
+    assert all(p.plan.family in ("gemm", "direct") for p in plan)
+    tf32 = plan[0].plan.precision == "tf32"
+    exact = oracle(case.ndim, *tensors, tf32=tf32, **case.layer)
+    if tf32:
+        # Products of rounded operands, summed in fp32: as good as torch's fp32 on the rounded operands.
+        rounded = [round_tf32(tensors[0]), round_tf32(tensors[1]), tensors[2], round_tf32(tensors[3])]
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        peer = passes(ATEN[case.ndim], *rounded, **case.layer)
+    elif precision == "float64":
+        # The oracle's own precision: bounded by some units of it instead of by torch's error, which is 0.
+        peer = [e + 4 * torch.finfo(dtype).eps * e.square().mean().sqrt() for e in exact]
+    else:
+        peer = passes(ATEN[case.ndim], *tensors, **case.layer)
+    for name, a, e, p in zip(("forward", "backward_input", "backward_weight", "backward_bias"), actual, exact, peer):
+        assert_no_worse(a, e, p, f"{case.id} {name}")
+    return actual
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_against_the_oracle(case, precision, device):
+    check(case, precision, device)
+
+
+@pytest.mark.parametrize("precision", ("tf32", "bfloat16"))
+@pytest.mark.parametrize("case", [c for c in CASES if c.ndim > 1], ids=lambda c: c.id)
+def test_channels_last(case, precision, device):
+    output = check(case, precision, device, channels_last=True)[0]
+    if output.shape[1] > 1 and output[0, 0].numel() > 1:
+        assert output.is_contiguous(memory_format=LAST[output.ndim])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_bitwise_repeatable(case, device):
+    tensors = make(case, torch.float32, device)
+    first, second = (passes(TCONV[case.ndim], *tensors, **case.layer) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_unreached_outputs_are_the_bias(device):
+    """stride 4, dilation 2: odd outputs have no tap."""
+    x, w = torch.randn(2, 3, 5, device=device), torch.randn(3, 4, 3, device=device)
+    bias = torch.randn(4, device=device)
+    y = tconv.conv_transpose1d(x, w, bias, stride=4, dilation=2)
+    assert torch.equal(y[:, :, 1::2], bias[None, :, None].expand_as(y[:, :, 1::2]))
+    assert tconv.conv_transpose1d(x, w, stride=4, dilation=2)[:, :, 1::2].eq(0).all()
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")), ids=str)
+@pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
+@pytest.mark.parametrize("name", ("2d_k4s2p1", "2d_depthwise", "2d_d2s2_gcd2"))
+def test_nan_and_inf_go_where_torch_sends_them(name, precision, value, device):
+    case = by_id(name)
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    x, w, bias, grad = make(case, getattr(torch, precision, torch.float32), device)
+    x[0, 1, 1, 2] = value
+    grad[0, 1, 2, 1] = value
+    ours, torchs = (passes(f[case.ndim], x, w, bias, grad, **case.layer) for f in (TCONV, ATEN))
+    for a, b in zip(ours[:3], torchs[:3], strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.isinf(), b.isinf())
+        assert torch.equal(a[a.isinf()], b[b.isinf()])
+
+
+def test_tf32_keeps_nans_and_rounds_to_even(device):
+    """Through a 1x1 layer with weight 1: the rounding itself, on the values where it could go wrong."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    bits = [0x3F801000, 0x3F803000, 0x3F800FFF, 0x3F801001, 0x7F7FFFFF, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x00000001]
+    expected = [0x3F800000, 0x3F804000, 0x3F800000, 0x3F802000, 0x7F800000, None, None, None, 0x00000000]
+    x = torch.tensor([b - 2**32 if b >= 2**31 else b for b in bits], dtype=torch.int32, device=device)
+    y = tconv.conv_transpose1d(x.view(torch.float32)[None, None], torch.ones(1, 1, 1, device=device)).flatten()
+    for value, want in zip(y.cpu(), expected, strict=True):
+        if want is None:
+            assert value.isnan()
+        else:
+            assert value.view(torch.int32).item() == want
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("zero_batch", (0, 4, 5, 6), (4, 3, 3, 3)),
+        Case("zero_size_output", (2, 4, 1, 6), (4, 3, 2, 3), dict(padding=(1, 0))),
+        Case("zero_batch_depthwise", (0, 4, 5), (4, 1, 3), dict(groups=4)),
+    ],
+    ids=lambda c: c.id,
+)
+def test_empty(case, device):
+    tensors = make(case, torch.float32, device)
+    actual = passes(TCONV[case.ndim], *tensors, **case.layer)
+    assert actual[0].numel() == 0
+    assert all(t.eq(0).all() for t in actual[1:])
+
+
+@pytest.mark.parametrize("unbatched", (False, True), ids=("batched", "unbatched"))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w: (x[:, :, ::2, 1:], w),
+        lambda x, w: (x.transpose(2, 3), w),
+        lambda x, w: (x[:, :1].expand_as(x), w[:, :, :1].expand_as(w)),
+        lambda x, w: (x, w.transpose(2, 3)),
+        lambda x, w: (x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3), w.to(memory_format=torch.channels_last)),
+        lambda x, w: (torch.cat([x.flatten(), x.new_zeros(1)])[1:].view(x.shape), w),
+    ],
+    ids=("sliced", "transposed", "expanded", "weight_transposed", "batch_inside", "odd_offset"),
+)
+def test_any_strides(change, unbatched, device):
+    case = Case("strides", (3, 8, 6, 7), (8, 6, 4, 4), dict(stride=2, padding=1))
+    x, w, bias, _ = make(case, torch.float32, device)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    x, w = change(x, w)
+    x = x[0] if unbatched else x
+    y = tconv.conv_transpose2d(x, w, bias, **case.layer)
+    exact = ATEN[2](x.double(), w.double(), bias.double(), **case.layer)
+    assert_no_worse(y, exact, ATEN[2](x, w, bias, **case.layer))
+    assert y.stride() == ATEN[2](x, w, bias, **case.layer).stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("large_output", (5, 16, 4096, 2048), (16, 16, 2, 2), dict(stride=2), False),
+        Case("large_input", (5, 48, 4096, 2304), (48, 16, 3, 3), dict(padding=1), False),
+        Case("large_depthwise", (2, 24, 4096, 3000), (24, 1, 4, 4), dict(stride=2, padding=1, groups=24), False),
+    ],
+    ids=lambda c: c.id,
+)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "channels_last"))
+@pytest.mark.xdist_group("big")
+def test_more_than_2_31_elements(case, channels_last):
+    """Checked on the first and the last sample, which lie on both sides of a 32-bit offset."""
+    x = torch.randn(case.input, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(case.weight, device="cuda", dtype=torch.bfloat16)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    y = tconv.conv_transpose2d(x, w, **case.layer)
+    assert max(x.numel(), y.numel()) > 2**31
+    groups = case.layer.get("groups", 1)
+    for n in (0, -1):
+        exact = ATEN[2](x[n].unsqueeze(0).double(), w.double(), **case.layer)
+        assert errors(y[n].unsqueeze(0), exact)[1] < 4e-3
+        del exact
+    grad = torch.zeros_like(y)
+    grad[0], grad[-1] = torch.randn_like(y[0]), torch.randn_like(y[0])
+    del y
+    layer = (case.layer.get("stride", 1),) * 2, (case.layer.get("padding", 0),) * 2, (0, 0), groups, (1, 1)
+    gx = torch.ops.tconv.backward_input(grad, w, x.shape[2:], *layer)
+    gw = torch.ops.tconv.backward_weight(grad, x, w.shape[2:], *layer)
+    exact_w = torch.zeros_like(w, dtype=torch.float64)
+    for n in (0, x.shape[0] - 1):
+        xs = x[n : n + 1].double().requires_grad_(True)
+        ws = w.double().requires_grad_(True)
+        a, b = torch.autograd.grad(ATEN[2](xs, ws, **case.layer), (xs, ws), grad[n : n + 1].double())
+        assert errors(gx[n : n + 1], a)[1] < 4e-3
+        exact_w += b
+    assert errors(gw, exact_w)[1] < 4e-3
