@@ -31,6 +31,9 @@ DIRECT_CHANNELS = 4
 # TF32 wants this many channels a group on both sides; cuDNN computes narrower groups in IEEE fp32, and
 # there tf32x3 costs nothing, since such layers are bound by memory (L1/72 and L1/75 of KernelBench).
 TF32_GROUP_CHANNELS = 32
+# Sums of fewer products take IEEE multiply-adds: three TF32 products have an error of their own (1.5e-7 in root
+# mean square) below which a short fp32 chain stays (4e-8 at 8 products); from about 64 on the chain's is larger.
+IEEE_PRODUCTS = 64
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,17 @@ def precision(problem: Problem, target: Target) -> str:
     wide = g == 1 or min(problem.c_in, problem.c_out) // g >= TF32_GROUP_CHANNELS
     if problem.tf32 and wide:
         return "tf32"
-    return "ieee" if target.backend == "hip" else "tf32x3"
+    return "ieee" if target.backend == "hip" or _products(problem) < IEEE_PRODUCTS else "tf32x3"
+
+
+def _products(problem: Problem) -> int:
+    """How many products one element of the pass's result sums, at most."""
+    geometry = problem.geometry
+    if problem.direction == "forward":
+        return problem.c_in // geometry.groups * _product(cdiv(a.kernel, a.stride // a.gcd) for a in geometry.axes)
+    if problem.direction == "backward_input":
+        return problem.c_out // geometry.groups * geometry.taps
+    return problem.batch * _product(problem.input_size)
 
 
 def unsupported(target: Target) -> str | None:

@@ -57,9 +57,12 @@ def is_channels_last(t: torch.Tensor) -> bool:
     return t.shape[1] > 1 and t.stride(1) == 1 and (t.shape[-1] == 1 or t.stride(-1) != 1)
 
 
-def is_unit(t: torch.Tensor) -> bool:
-    """Whether pixels along the width are contiguous."""
-    return t.shape[-1] > 1 and t.stride(-1) == 1
+def layout(t: torch.Tensor, groups: int = 1) -> str:
+    """The LAYOUT of kernels.common.known_strides that describes an activation of `groups` channel groups."""
+    if is_channels_last(t):
+        whole = t.shape[1] // groups % 16 == 0 and all(s % 16 == 0 for i, s in enumerate(strides5(t)) if i != 1)
+        return "vectors" if whole else "channels"
+    return "width" if t.shape[-1] > 1 and t.stride(-1) == 1 else "strided"
 
 
 def on_device(t: torch.Tensor):
@@ -180,10 +183,8 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
         chosen.tiles_per_split,
     )
     constants = dict(
-        X_LAST=is_channels_last(input),
-        Y_LAST=is_channels_last(grad_output),
-        X_UNIT=is_unit(input),
-        Y_UNIT=is_unit(grad_output),
+        X_LAYOUT=layout(input, g),
+        Y_LAYOUT=layout(grad_output, g),
         LARGE=is_large(input) or is_large(grad_output),
         ACC=acc,
         BLOCK_M=config.block_m,
@@ -212,7 +213,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
 
 
 def backward_bias(grad_output) -> torch.Tensor:
-    """grad_bias: grad_output summed over everything but the channels, accumulated in fp32."""
+    """grad_bias: grad_output summed over everything but the channels, accumulated in float64."""
     from .configs import direct, splits
     from .kernels.reduce import sum_pixels
 
@@ -229,7 +230,7 @@ def backward_bias(grad_output) -> torch.Tensor:
     count, per_split = splits(tiles, programs, channels, config.block_m, target)
     partial = torch.empty(
         (count, 1, channels),
-        dtype=torch.float64 if grad_output.dtype is torch.float64 else torch.float32,
+        dtype=torch.float64,
         device=grad_output.device,
     )
     with on_device(grad_output):
@@ -243,10 +244,8 @@ def backward_bias(grad_output) -> torch.Tensor:
             w,
             *strides5(grad_output),
             per_split,
-            Y_LAST=last,
-            Y_UNIT=is_unit(grad_output),
+            Y_LAYOUT=layout(grad_output),
             LARGE=is_large(grad_output),
-            ACC=accumulator(grad_output.dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BOX_W=config.box_w,
@@ -273,7 +272,6 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
     # The weight's strides along group, source channel, destination channel and taps.
     w_i, w_o, *w_taps = strides5(weight)
     w_roles = (c_src * w_i, w_i, w_o) if is_forward else (c_dst * w_i, w_o, w_i)
-    last = is_channels_last(source)
     scalars = (
         source.shape[0],
         c_src,
@@ -286,10 +284,8 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
     )
     constants = dict(
         FORWARD=is_forward,
-        SRC_LAST=last,
-        DST_LAST=is_channels_last(destination),
-        SRC_UNIT=is_unit(source),
-        DST_UNIT=is_unit(destination),
+        SRC_LAYOUT=layout(source, g),
+        DST_LAYOUT=layout(destination, g),
         HAS_BIAS=bias is not None,
         LARGE=is_large(source) or is_large(destination),
         ACC=accumulator(source.dtype),
@@ -324,7 +320,6 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
             BLOCK_T=block_t,
             BLOCK_C=block_c,
         )
-        even = c_src % config.block_k == 0
         gather_gemm[(tiles * (height // config.block_n) * g,)](
             source,
             packed,
@@ -332,8 +327,7 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
             destination,
             *scalars,
             **constants,
-            ALIGNED=last and even and all(s % 16 == 0 for i, s in enumerate(strides5(source)) if i != 1),
-            EVEN_C=even,
+            EVEN_C=c_src % config.block_k == 0,
             PRECISION=chosen.precision,
             BLOCK_K=config.block_k,
         )
@@ -355,7 +349,6 @@ def _sum_partials(partial, grad, c_out, axes) -> None:
         kh,
         kw,
         *strides5(grad),
-        ACC=accumulator(partial.dtype),
         BLOCK=block,
     )
 

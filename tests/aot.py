@@ -7,27 +7,31 @@ a Triton type with its specialisation, "*bf16 DS"), constants, options.  One lin
 It never imports torch, so that any release of Triton will do.
 """
 
+import contextlib
+import importlib
+import io
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 import types
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # before any kernel is decorated
+# Before triton is imported: no interpreter, and the assembler's log on stdout.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 
 # tconv.kernels without tconv/__init__.py, which imports torch.
 package = types.ModuleType("tconv")
 package.__path__ = [str(Path(__file__).parent.parent / "tconv")]
 sys.modules["tconv"] = package
 
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
 
 MATRIX_INSTRUCTIONS = {
     "wgmma": "wgmma.mma_async",
@@ -40,10 +44,6 @@ MATRIX_INSTRUCTIONS = {
 def compile_launch(job):
     """The result of one launch's compilation, as a dictionary."""
     (backend, arch), launch = job
-    import importlib
-
-    from triton.compiler.compiler import ASTSource, make_backend
-
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     kernel = getattr(importlib.import_module(f"tconv.kernels.{launch['module']}"), launch["kernel"])
     constants = dict(launch["constants"])
@@ -55,9 +55,11 @@ def compile_launch(job):
         if specialisation:
             attributes[(i,)] = make_backend(target).parse_attr(specialisation)
     result = {"launch": launch["name"], "kernel": launch["kernel"], "triton": triton.__version__}
+    log = io.StringIO()
     start = time.perf_counter()
     try:
-        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch["options"])
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch["options"])
     except Exception as e:
         return result | {"error": f"{type(e).__name__}: {e}"}
     result["seconds"] = round(time.perf_counter() - start, 2)
@@ -66,9 +68,17 @@ def compile_launch(job):
         "symbol": compiled.name,
         "shared": compiled.metadata.shared,
         "matrix": [name for name, text in MATRIX_INSTRUCTIONS.items() if text in assembly],
-        "numbers": sorted(set(re.findall(r"(?:wgmma|mma\.sync|tcgen05\.mma)\S*?((?:\.kind::|\.)(?:bf16|f16|tf32))\b", assembly))),
+        "copied": copied(assembly, 32 * compiled.metadata.num_warps),
     }
-    return result | (amd_resources(assembly) if backend == "hip" else nvidia_resources(compiled.asm["cubin"]))
+    return result | (amd_resources(assembly) if backend == "hip" else nvidia_resources(log.getvalue()))
+
+
+def copied(ptx, threads):
+    """Bytes that a block's asynchronous copies bring in, by the width of one copy."""
+    total = {}
+    for width in re.findall(r"cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+)", ptx):
+        total[int(width, 16)] = total.get(int(width, 16), 0) + int(width, 16) * threads
+    return total
 
 
 def amd_resources(assembly):
@@ -77,18 +87,18 @@ def amd_resources(assembly):
     def number(key):
         return int(re.search(rf"\.{key}:\s*(\d+)", assembly).group(1))
 
-    return {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count") + number("sgpr_spill_count")}
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count"),
+        "scalar_spills": number("sgpr_spill_count"),
+    }
 
 
-def nvidia_resources(cubin):
-    """Registers, and the bytes of stack a thread: the kernels have no local arrays, so a stack is spilled registers."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+def nvidia_resources(log):
+    """Registers a thread, and the bytes of them spilled, from the assembler's log."""
+    pattern = r"(\d+) bytes spill stores, .*?Used (\d+) registers"
+    spills, registers = map(int, re.search(pattern, log, re.DOTALL).groups())
+    return {"registers": registers, "spills": spills}
 
 
 def main():

@@ -1,6 +1,11 @@
 """The same tests on a GPU, where there is one, and in Triton's interpreter on the CPU, where there is none."""
 
+import datetime
+import json
 import os
+import platform
+import subprocess
+from collections import Counter
 
 import torch
 
@@ -8,6 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
 
 import pytest
+
+if torch.cuda.device_count() > 1:  # workers of a parallel run spread over the GPUs
+    torch.cuda.set_device(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % torch.cuda.device_count())
 
 
 def pytest_collection_modifyitems(items):
@@ -18,11 +26,58 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
-def pytest_report_header():
+def environment():
     import triton
 
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
-    return f"tconv on {where}; torch {torch.__version__}, triton {triton.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "Triton's interpreter",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": _output("git", "describe", "--always", "--dirty"),
+    }
+
+
+def _output(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def pytest_report_header():
+    return "tconv on " + ", ".join(f"{k} {v}" for k, v in environment().items() if v)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--summary", help="write the environment and the counts of this run to a JSON file")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    path = config.getoption("--summary")
+    if not path:
+        return
+    stats = terminalreporter.stats
+    files = Counter(
+        (report.location[0], outcome)
+        for outcome in ("passed", "failed", "error", "skipped")
+        for report in stats.get(outcome, [])
+    )
+    by_file: dict = {}
+    for (name, outcome), n in sorted(files.items()):
+        by_file.setdefault(name, {})[outcome] = n
+    summary = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **environment(),
+        "counts": {k: len(stats.get(k, [])) for k in ("passed", "failed", "error", "skipped")},
+        "files": by_file,
+        "failures": [r.nodeid for r in stats.get("failed", [])],
+    }
+    with open(path, "w") as f:
+        json.dump(summary, f, indent=1)
 
 
 @pytest.fixture

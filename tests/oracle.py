@@ -22,13 +22,12 @@ def passes(function, input, weight, bias, grad_output, **layer):
 
 
 def oracle(ndim, input, weight, bias, grad_output, tf32=False, **layer):
-    """The same in float64; with tf32, on operands rounded as the tensor core sees them (bias is never rounded)."""
-    rounded = round_tf32 if tf32 else (lambda t: t)
-    operands = [rounded(t).double() for t in (input, weight)]
-    exact = passes(ATEN[ndim], *operands, None if bias is None else bias.double(), rounded(grad_output).double(), **layer)
-    if bias is None or not tf32:
-        return exact
-    return (*exact[:3], grad_output.double().flatten(2).sum((0, 2)))
+    """The same in float64; with tf32, on operands rounded as the tensor core sees them (biases never are)."""
+    if not tf32:
+        return passes(ATEN[ndim], *(None if t is None else t.double() for t in (input, weight, bias, grad_output)), **layer)
+    input, weight, rounded_grad = (round_tf32(t).double() for t in (input, weight, grad_output))
+    exact = passes(ATEN[ndim], input, weight, None if bias is None else bias.double(), rounded_grad, **layer)
+    return exact if bias is None else (*exact[:3], grad_output.double().flatten(2).sum((0, 2)))
 
 
 def errors(actual, exact):
@@ -49,6 +48,8 @@ def assert_no_worse(actual, exact, peer, what=""):
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert not actual.isnan().any(), f"{what}: {int(actual.isnan().sum())} of {actual.numel()} elements are NaN"
     eps = torch.finfo(actual.dtype).eps
+    if actual.dtype is torch.bfloat16 and actual.device.type == "cpu":
+        eps *= 2  # Triton's interpreter truncates to bfloat16 where a GPU rounds
     (largest, rms), (peer_largest, peer_rms) = errors(actual, exact), errors(peer, exact)
     scale = exact.abs().max() / exact.square().mean().sqrt().clamp_min(1e-30) if exact.numel() else 1.0
     assert rms <= 1.25 * peer_rms + 0.5 * eps, f"{what}: rms error {rms:.2e}, torch {peer_rms:.2e}"

@@ -31,6 +31,34 @@ def axis_taps(phase, kernel, stride, padding, dilation, gcd, inverse, FORWARD: t
 
 
 @triton.jit
+def known_strides(n, c, d, h, w, LAYOUT: tl.constexpr):
+    """Strides with what the layout says of them spelt out for the compiler.  LAYOUT is one of
+    strided   any strides;
+    width     pixels along the width are contiguous;
+    channels  channels are contiguous;
+    vectors   channels are contiguous and the other strides whole 16-element vectors (and so are the channels of
+              a group).  Spelt as arithmetic, since the compiler drops tl.multiple_of on a kernel's argument.
+    """
+    if LAYOUT == "width":
+        return n, c, d, h, 1
+    elif LAYOUT == "channels":
+        return n, 1, d, h, w
+    elif LAYOUT == "vectors":
+        return n // 16 * 16, 1, d // 16 * 16, h // 16 * 16, w // 16 * 16
+    else:
+        return n, c, d, h, w
+
+
+@triton.jit
+def known_channels(c, LAYOUT: tl.constexpr):
+    """The channels of a group, a multiple of 16 where the layout says so."""
+    if LAYOUT == "vectors":
+        return c // 16 * 16
+    else:
+        return c
+
+
+@triton.jit
 def split_row(row, d_size, h_size):
     """(n, d, h) of a flattened row index: a row is one line of pixels along the width."""
     h = row % h_size
@@ -59,22 +87,30 @@ def round_tf32(v):
 
 
 @triton.jit
-def load_tile(base, pixel, channel, mask, CHANNELS_LAST: tl.constexpr):
+def load_tile(base, pixel, channel, mask, LAYOUT: tl.constexpr):
     """A [pixels, channels] tile; loaded so that neighbouring threads touch neighbouring addresses."""
-    if CHANNELS_LAST:
+    if LAYOUT == "channels" or LAYOUT == "vectors":
         return tl.load(base + (pixel[:, None] + channel[None, :]), mask=mask, other=0.0)
     else:
         return tl.trans(tl.load(base + (channel[:, None] + pixel[None, :]), mask=tl.trans(mask), other=0.0))
 
 
 @triton.jit
-def store_tile(base, pixel, channel, value, mask, CHANNELS_LAST: tl.constexpr):
+def store_tile(base, pixel, channel, value, mask, LAYOUT: tl.constexpr):
     """The counterpart of load_tile; converts to the destination's dtype."""
     value = value.to(base.dtype.element_ty)
-    if CHANNELS_LAST:
+    if LAYOUT == "channels" or LAYOUT == "vectors":
         tl.store(base + (pixel[:, None] + channel[None, :]), value, mask=mask)
     else:
         tl.store(base + (channel[:, None] + pixel[None, :]), tl.trans(value), mask=tl.trans(mask))
+
+
+@triton.jit
+def widen(v, DTYPE: tl.constexpr):
+    """v as fp32 or float64; bf16 in two steps, since the interpreter reads its bits wrongly in one."""
+    if v.dtype == tl.bfloat16:
+        v = v.to(tl.float32)
+    return v.to(DTYPE)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ exact whatever the TF32 flags say.
 import triton
 import triton.language as tl
 
-from .common import axis_taps, inside, load_tile, split_row, store_tile
+from .common import axis_taps, inside, known_channels, known_strides, load_tile, split_row, store_tile
 from .gemm import SCALARS, kernel_name
 
 
@@ -23,8 +23,7 @@ def gather_direct(
     gcdd, gcdh, gcdw, invd, invh, invw,
     src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w,
     groups, w_g, w_s, w_t, w_d, w_h, w_w,
-    FORWARD: tl.constexpr, SRC_LAST: tl.constexpr, DST_LAST: tl.constexpr,
-    SRC_UNIT: tl.constexpr, DST_UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FORWARD: tl.constexpr, SRC_LAYOUT: tl.constexpr, DST_LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     LARGE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOX_W: tl.constexpr,
 ):  # fmt: skip
@@ -33,14 +32,10 @@ def gather_direct(
     w_g, w_s, w_t: the weight's strides along group, source channel and destination channel.
     """
     ROWS: tl.constexpr = BLOCK_M // BOX_W
-    if SRC_LAST:
-        src_c = 1
-    if DST_LAST:
-        dst_c = 1
-    if SRC_UNIT:
-        src_w = 1
-    if DST_UNIT:
-        dst_w = 1
+    src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
+    dst_n, dst_c, dst_d, dst_h, dst_w = known_strides(dst_n, dst_c, dst_d, dst_h, dst_w, DST_LAYOUT)
+    c_src = known_channels(c_src, SRC_LAYOUT)
+    c_dst = known_channels(c_dst, DST_LAYOUT)
     phases_d = strided if FORWARD else 1
     phases_h = strideh if FORWARD else 1
     phases_w = stridew if FORWARD else 1
@@ -94,7 +89,7 @@ def gather_direct(
     else:
         pixel = n * src_n + id0 * src_d + ih0 * src_h + iw0 * src_w
     src_channel = group * c_src * src_c
-    w_channel = (group * w_g + co % c_dst * w_t).to(tl.int64)
+    w_channel = group.to(tl.int64) * w_g + (co % c_dst).to(tl.int64) * w_t
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for i in range(count_d * count_h * count_w * c_src):
@@ -119,7 +114,7 @@ def gather_direct(
         else:
             delta = dd * src_d + dh * src_h + dw * src_w
             source = src_channel + j * src_c
-        v = load_tile(src, pixel + delta, source, ok[:, None] & co_ok[None, :], SRC_LAST)
+        v = load_tile(src, pixel + delta, source, ok[:, None] & co_ok[None, :], SRC_LAYOUT)
         w = tl.load(weight + (w_channel + j.to(tl.int64) * w_s + tap), mask=co_ok, other=0.0)
         # A pixel outside the source adds nothing, also where the weight is infinite or NaN.
         acc += tl.where(ok[:, None], v.to(ACC) * w.to(ACC)[None, :], 0.0)
@@ -131,7 +126,7 @@ def gather_direct(
     ow = qw * phases_w + phase_w
     ok = row_ok & (od < d_dst) & (oh < h_dst) & (ow < w_dst)
     out = n * dst_n + od * dst_d + oh * dst_h + ow * dst_w
-    store_tile(dst, out, co * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAST)
+    store_tile(dst, out, co * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAYOUT)
 
 
 @triton.jit(
@@ -148,7 +143,7 @@ def weight_direct(
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
     x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w,
     per_split,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    X_LAYOUT: tl.constexpr, Y_LAYOUT: tl.constexpr,
     LARGE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOX_W: tl.constexpr,
 ):  # fmt: skip
@@ -158,14 +153,10 @@ def weight_direct(
     output channel of its group) pair; multiplied elementwise, summed over the pixels at the end.
     """
     ROWS: tl.constexpr = BLOCK_M // BOX_W
-    if X_LAST:
-        x_c = 1
-    if Y_LAST:
-        y_c = 1
-    if X_UNIT:
-        x_w = 1
-    if Y_UNIT:
-        y_w = 1
+    x_n, x_c, x_d, x_h, x_w = known_strides(x_n, x_c, x_d, x_h, x_w, X_LAYOUT)
+    y_n, y_c, y_d, y_h, y_w = known_strides(y_n, y_c, y_d, y_h, y_w, Y_LAYOUT)
+    c_in = known_channels(c_in, X_LAYOUT)
+    c_out = known_channels(c_out, Y_LAYOUT)
     columns = groups * c_in * c_out
     tiles_n = tl.cdiv(columns, BLOCK_N)
     taps = kd * kh * kw
@@ -206,8 +197,8 @@ def weight_direct(
         ok = (row < rows) & (iw < w_in)
         ok = ok & (od >= 0) & (od < d_out) & (oh >= 0) & (oh < h_out) & (ow >= 0) & (ow < w_out)
         mask = ok[:, None] & column_ok[None, :]
-        a = load_tile(x, n * x_n + id_ * x_d + ih * x_h + iw * x_w, ci * x_c, mask, X_LAST)
-        b = load_tile(y, n * y_n + od * y_d + oh * y_h + ow * y_w, co * y_c, mask, Y_LAST)
+        a = load_tile(x, n * x_n + id_ * x_d + ih * x_h + iw * x_w, ci * x_c, mask, X_LAYOUT)
+        b = load_tile(y, n * y_n + od * y_d + oh * y_h + ow * y_w, co * y_c, mask, Y_LAYOUT)
         acc += a.to(ACC) * b.to(ACC)
 
     total = tl.sum(acc, 0)

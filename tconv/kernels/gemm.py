@@ -3,7 +3,18 @@
 import triton
 import triton.language as tl
 
-from .common import axis_taps, inside, load_tile, matmul, operand, round_tf32, split_row, store_tile
+from .common import (
+    axis_taps,
+    inside,
+    known_channels,
+    known_strides,
+    load_tile,
+    matmul,
+    operand,
+    round_tf32,
+    split_row,
+    store_tile,
+)
 
 
 def kernel_name(base):
@@ -15,9 +26,8 @@ def kernel_name(base):
         parts = [base]
         if "FORWARD" in c:
             parts.append("forward" if c["FORWARD"] else "backward_input")
-        for key in ("SRC_LAST", "DST_LAST", "X_LAST", "Y_LAST"):
-            if key in c:
-                parts.append("nhwc" if c[key] else "nchw")
+        for key in ("SRC_LAYOUT", "DST_LAYOUT", "X_LAYOUT", "Y_LAYOUT"):
+            parts.append(c.get(key, ""))
         parts.append(dtype)
         if "PRECISION" in c:
             parts.append(c["PRECISION"])
@@ -42,8 +52,7 @@ def gather_gemm(
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
     gcdd, gcdh, gcdw, invd, invh, invw,
     src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w,
-    FORWARD: tl.constexpr, SRC_LAST: tl.constexpr, DST_LAST: tl.constexpr,
-    SRC_UNIT: tl.constexpr, DST_UNIT: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FORWARD: tl.constexpr, SRC_LAYOUT: tl.constexpr, DST_LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN_C: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOX_W: tl.constexpr,
 ):  # fmt: skip
@@ -54,22 +63,10 @@ def gather_gemm(
     [group, tap, c_dst, c_src], zero-padded to whole tiles.
     """
     ROWS: tl.constexpr = BLOCK_M // BOX_W
-    if SRC_LAST:
-        src_c = 1
-    if DST_LAST:
-        dst_c = 1
-    if SRC_UNIT:
-        src_w = 1
-    if DST_UNIT:
-        dst_w = 1
-    if ALIGNED:
-        # 16-byte vectors along the channels: every other stride is a whole number of them.  Spelt as
-        # arithmetic, since the compiler drops tl.multiple_of on a kernel's argument.
-        src_n = src_n // 16 * 16
-        src_d = src_d // 16 * 16
-        src_h = src_h // 16 * 16
-        src_w = src_w // 16 * 16
-        c_src = c_src // 16 * 16
+    src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
+    dst_n, dst_c, dst_d, dst_h, dst_w = known_strides(dst_n, dst_c, dst_d, dst_h, dst_w, DST_LAYOUT)
+    c_src = known_channels(c_src, SRC_LAYOUT)
+    c_dst = known_channels(c_dst, DST_LAYOUT)
     phases_d = strided if FORWARD else 1
     phases_h = strideh if FORWARD else 1
     phases_w = stridew if FORWARD else 1
@@ -155,7 +152,7 @@ def gather_gemm(
             mask = ok[:, None] & (k >= 0)[None, :]
         else:
             mask = ok[:, None] & (c < c_src)[None, :]
-        a = load_tile(src_base, pixel + delta, c * src_c, mask, SRC_LAST)
+        a = load_tile(src_base, pixel + delta, c * src_c, mask, SRC_LAYOUT)
         b = tl.load(packed_row + tap.to(tl.int64) * tiles_total * width + block * BLOCK_K)
         if PRECISION == "widen":
             b = b.to(tl.float32)
@@ -172,7 +169,7 @@ def gather_gemm(
     if LARGE:
         channel = channel.to(tl.int64)
     out = n * dst_n + od * dst_d + oh * dst_h + ow * dst_w
-    store_tile(dst, out, channel * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAST)
+    store_tile(dst, out, channel * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAYOUT)
 
 
 @triton.jit(
@@ -224,7 +221,7 @@ def weight_gemm(
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
     x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w,
     per_split,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    X_LAYOUT: tl.constexpr, Y_LAYOUT: tl.constexpr,
     LARGE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOX_W: tl.constexpr,
 ):  # fmt: skip
@@ -234,14 +231,10 @@ def weight_gemm(
     sums a fixed range of pixel tiles, so that the result is the same from run to run.
     """
     ROWS: tl.constexpr = BLOCK_K // BOX_W
-    if X_LAST:
-        x_c = 1
-    if Y_LAST:
-        y_c = 1
-    if X_UNIT:
-        x_w = 1
-    if Y_UNIT:
-        y_w = 1
+    x_n, x_c, x_d, x_h, x_w = known_strides(x_n, x_c, x_d, x_h, x_w, X_LAYOUT)
+    y_n, y_c, y_d, y_h, y_w = known_strides(y_n, y_c, y_d, y_h, y_w, Y_LAYOUT)
+    c_in = known_channels(c_in, X_LAYOUT)
+    c_out = known_channels(c_out, Y_LAYOUT)
     tiles_m = tl.cdiv(c_in, BLOCK_M)
     tiles_n = tl.cdiv(c_out, BLOCK_N)
     taps = kd * kh * kw
@@ -290,8 +283,8 @@ def weight_gemm(
         y_ok = x_ok & (od >= 0) & (od < d_out) & (oh >= 0) & (oh < h_out) & (ow >= 0) & (ow < w_out)
         x_pixel = n * x_n + id_ * x_d + ih * x_h + iw * x_w
         y_pixel = n * y_n + od * y_d + oh * y_h + ow * y_w
-        a = load_tile(x, x_pixel, x_channel * x_c, y_ok[:, None] & ci_ok[None, :], X_LAST)
-        b = load_tile(y, y_pixel, y_channel * y_c, y_ok[:, None] & co_ok[None, :], Y_LAST)
+        a = load_tile(x, x_pixel, x_channel * x_c, y_ok[:, None] & ci_ok[None, :], X_LAYOUT)
+        b = load_tile(y, y_pixel, y_channel * y_c, y_ok[:, None] & co_ok[None, :], Y_LAYOUT)
         acc = matmul(tl.trans(operand(a, PRECISION)), operand(b, PRECISION), acc, PRECISION)
 
     out = partial + ((split.to(tl.int64) * taps + tap) * groups + group) * c_in * c_out

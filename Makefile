@@ -1,0 +1,44 @@
+# Two commands: `make demo` runs the demonstration, `make test` runs the tests; each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The release that the environment is pinned to; any from 2.11 on will do: `make test TORCH=torch`.
+TORCH ?= torch==2.13.0
+# The Triton releases for which the kernels are compiled ahead of time: the oldest and the newest served.
+RELEASES := 3.6.0 3.9.0
+TRITON_DIRS := $(RELEASES:%=.cache/triton-%)
+WORKERS ?= auto
+
+empty :=
+space := $(empty) $(empty)
+
+.PHONY: demo test gpu-test lint clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[demo,test,lint]"
+	touch $@
+
+.cache/triton-%/.installed: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$*
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed $(TRITON_DIRS:%=%/.installed)
+	TCONV_TRITON_DIRS=$(subst $(space),:,$(TRITON_DIRS:%=$(CURDIR)/%)) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+# On a machine with a GPU and torch already installed: the same tests on the real kernels, and every layer of the
+# suites at full size; the summary is kept under benchmarks/results/.
+gpu-test:
+	$(PYTHON) -m pytest -n 8 --dist loadgroup --summary benchmarks/results/gpu-test.json $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache out
