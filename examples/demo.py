@@ -156,7 +156,9 @@ def show_interpreted(result: dict) -> dict[str, float]:
     for name, kernel, why, error in result["layers"]:
         table.add_row(name, kernel, why, f"{error:.1e}")
     console.print(table)
-    console.print("A cut-down layer in the interpreter, forward and backward:", result["explanation"], sep="\n")
+    console.print(
+        "A cut-down layer in the interpreter, forward and backward:", result["explanation"], sep="\n", soft_wrap=True
+    )
     console.print("  errors: " + ", ".join(f"{name} {error:.1e}" for name, error in result["passes"]))
     errors = {f"{name} in the interpreter": error for name, _, _, error in result["layers"]}
     return errors | {f"the cut-down layer's {name}": error for name, error in result["passes"]}
@@ -185,6 +187,8 @@ def main() -> None:
     size, steps = options.size or (256 if gpu else 128), options.steps or (400 if gpu else 300)
     if size < 64 or size & (size - 1):
         parser.error(f"expected --size to be a power of 2 and at least 64, got {size}")
+    if steps < 20:
+        parser.error(f"expected --steps to be at least 20, got {steps}")
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET; the demo starts the interpreter itself, for a part of its work")
 

@@ -41,14 +41,14 @@ def draw(path: Path, photo: torch.Tensor, mask: torch.Tensor, outputs: dict[str,
     import matplotlib.pyplot as plt
 
     images = {"photograph": photo, "what the model saw": photo * mask + (1 - mask), **outputs}
-    figure, axes = plt.subplots(1, 5, figsize=(17, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(17, 3.9), layout="constrained")
     for axis, (title, image) in zip(axes, images.items(), strict=False):
         axis.imshow(((image[0] + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu())
         axis.set_title(title)
     first, second = outputs.values()
     difference = (first - second).abs().amax(1)[0].cpu() / 2
     shown = axes[4].imshow(difference, cmap="magma")
-    axes[4].set_title("|difference| of the two\n(black to white is 1)")
+    axes[4].set_title("|difference| of the two,\n1 being black against white")
     figure.colorbar(shown, ax=axes[4], shrink=0.8)
     for axis in axes:
         axis.set_axis_off()

@@ -80,8 +80,12 @@ def gather_gemm(
     block_m = 128
     if cdiv(rows * width, 128) * programs * cdiv(c_dst, block_n) < target.processors:
         block_m = 64  # fill the GPU before the tile
-    warps = 8 if block_m * block_n >= 128 * 128 or (precision in ("tf32x3", "ieee") and block_m * block_n >= 8192) else 4
-    return Config(block_m, block_n, block_k, box_width(rows, width, block_m), warps, 3 if block_k <= 32 or block_n <= 64 else 2)
+    warps = (
+        8 if block_m * block_n >= 128 * 128 or (precision in ("tf32x3", "ieee") and block_m * block_n >= 8192) else 4
+    )
+    return Config(
+        block_m, block_n, block_k, box_width(rows, width, block_m), warps, 3 if block_k <= 32 or block_n <= 64 else 2
+    )
 
 
 def weight_gemm(rows: int, width: int, c_in: int, c_out: int, element_size: int, precision: str) -> Config:
@@ -90,7 +94,9 @@ def weight_gemm(rows: int, width: int, c_in: int, c_out: int, element_size: int,
     block_n = power_of_two(c_out, 16, most)
     block_k = 64 if element_size == 2 else 32
     warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return Config(block_m, block_n, block_k, box_width(rows, width, block_k), warps, 3 if block_m * block_n < 128 * 128 else 2)
+    return Config(
+        block_m, block_n, block_k, box_width(rows, width, block_k), warps, 3 if block_m * block_n < 128 * 128 else 2
+    )
 
 
 def direct(rows: int, width: int, channels: int, channels_last: bool, target: Target) -> Config:

@@ -63,7 +63,7 @@ def revert(model: nn.Module) -> Report:
     return _swap(model, "reverted", _BACK)
 
 
-def _swap(model: nn.Module, action: str, mapping: dict[type, type]) -> Report:
+def _swap(model: nn.Module, action: str, mapping: dict[type[_ConvTransposeNd], type[_ConvTransposeNd]]) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     report = Report(action)

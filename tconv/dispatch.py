@@ -31,9 +31,14 @@ DIRECT_CHANNELS = 4
 # TF32 wants this many channels a group on both sides; cuDNN computes narrower groups in IEEE fp32, and
 # there tf32x3 costs nothing, since such layers are bound by memory (L1/72 and L1/75 of KernelBench).
 TF32_GROUP_CHANNELS = 32
-# Sums of fewer products take IEEE multiply-adds: three TF32 products have an error of their own (1.5e-7 in root
-# mean square) below which a short fp32 chain stays (4e-8 at 8 products); from about 64 on the chain's is larger.
+# Sums of fewer products take IEEE multiply-adds whatever the flags: three TF32 products have an error of their own
+# (1.5e-7 in root mean square) below which a short fp32 chain stays (4e-8 at 8 products) and above which it is from
+# about 64 on; under TF32 cuDNN, too, computes many such layers in fp32, and they wait for memory, not arithmetic.
 IEEE_PRODUCTS = 64
+# Longer sums take tf32x3 where TF32 is allowed: the tensor core truncates as it accumulates, and after 86,000 products
+# (FCN-32s, k64) that bias had grown to the size of TF32's own rounding.  tf32x3 adds in fp32 once a tile of K;
+# backward_weight splits its sums (configs.splits).
+TF32_PRODUCTS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ def refuse(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
         return "quantized tensors run aten"
     if input.dtype not in DTYPES:
         return f"{str(input.dtype).removeprefix('torch.')} runs aten"
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has an operator for aten's transposed convolution, and none for tconv's"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation runs aten"
     return None
@@ -93,7 +100,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _is_plain(t: torch.Tensor) -> bool:
     """Whether a tensor subclass (a fake tensor, say) behaves as a tensor; DTensor and the like do not."""
     own = type(t).__torch_function__
-    default = getattr(own, "__func__", own) is torch.Tensor.__torch_function__.__func__
+    default = getattr(own, "__func__", own) is torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
     return (default or own is torch._C._disabled_torch_function_impl) and not is_traceable_wrapper_subclass(t)
 
 
@@ -111,7 +118,7 @@ def target_of(device: torch.device) -> Target:
 def allow_tf32() -> bool:
     """Torch's flag for fp32 convolutions as it stands now: torch.backends.cudnn.conv.fp32_precision,
     which torch.backends.cudnn.allow_tf32 and the more general fp32_precision settings also set."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def precision(problem: Problem, target: Target) -> str:
@@ -120,11 +127,13 @@ def precision(problem: Problem, target: Target) -> str:
         return "widen" if target.backend == "interpreter" and problem.dtype is torch.bfloat16 else "half"
     if problem.dtype is torch.float64:
         return "ieee"
-    g = problem.geometry.groups
+    products, g = _products(problem), problem.geometry.groups
+    if products < IEEE_PRODUCTS:
+        return "ieee"
     wide = g == 1 or min(problem.c_in, problem.c_out) // g >= TF32_GROUP_CHANNELS
-    if problem.tf32 and wide:
+    if problem.tf32 and wide and (products <= TF32_PRODUCTS or problem.direction == "backward_weight"):
         return "tf32"
-    return "ieee" if target.backend == "hip" or _products(problem) < IEEE_PRODUCTS else "tf32x3"
+    return "ieee" if target.backend == "hip" else "tf32x3"
 
 
 def _products(problem: Problem) -> int:

@@ -64,9 +64,7 @@ class Explanation:
         head = f"{self.module}: " if self.module else ""
         lines = [f"{head}{self.layer}, input {'x'.join(map(str, self.input_shape))} {str(self.dtype)[6:]}"]
         if self.geometry is not None:
-            counts = [
-                f"{len(axis)} ({_counts([len(taps) for taps in axis])})" for axis in self.phases
-            ]
+            counts = [f"{len(axis)} ({_counts([len(taps) for taps in axis])})" for axis in self.phases]
             lines.append(f"  phases: {' x '.join(counts)}")
         lines += [f"  {p}" for p in self.passes]
         return "\n".join(lines)
@@ -113,11 +111,18 @@ def _explain_call(
     if ndim not in (1, 2, 3):
         raise RuntimeError(f"expected weight of 3 to 5 dimensions, got weight of size {list(weight.shape)}")
     batched = input.unsqueeze(0) if input.ndim == ndim + 1 else input
-    layer = [as_tuple(v, n, ndim) for v, n in ((stride, "stride"), (padding, "padding"), (output_padding, "output_padding"))]
-    dilations = as_tuple(dilation, "dilation", ndim)
+    stride, padding, output_padding, dilation = (
+        as_tuple(v, n, ndim)
+        for v, n in (
+            (stride, "stride"),
+            (padding, "padding"),
+            (output_padding, "output_padding"),
+            (dilation, "dilation"),
+        )
+    )
     bias_shape = None if bias is None else bias.shape
-    check(ndim, batched.shape, weight.shape, bias_shape, *layer, groups, dilations)
-    geometry = make_geometry(tuple(weight.shape[2:]), *layer, groups, dilations)
+    check(ndim, batched.shape, weight.shape, bias_shape, stride, padding, output_padding, groups, dilation)
+    geometry = make_geometry(tuple(weight.shape[2:]), stride, padding, output_padding, groups, dilation)
     batched, weight, bias = functional.autocast(input.device.type, batched, weight, bias)
     reason = reason or refuse(batched, weight, bias)
     c_out = weight.shape[1] * groups
@@ -161,10 +166,11 @@ def _explain_model(model: nn.Module, args, kwargs) -> ModelExplanation:
             options = options or {}
             before = len(layers)
             result = func(*call, **options)
-            if func in functional.ATEN.values() and len(layers) == before and not falling_back:
-                converted = stack and type(stack[-1]) in COUNTERPARTS.values()
-                record(call, options, None if converted else "not converted, and outside tconv.override()")
-            falling_back = False
+            if func in functional.ATEN.values():
+                if len(layers) == before and not falling_back:
+                    converted = stack and type(stack[-1]) in COUNTERPARTS.values()
+                    record(call, options, None if converted else "not converted, and outside tconv.override()")
+                falling_back = False
             return result
 
     hooks = []

@@ -48,7 +48,10 @@ def autocast(device_type: str, *tensors):
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype)
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype is not torch.float64 and t.dtype is not dtype
+        if isinstance(t, torch.Tensor)
+        and t.is_floating_point()
+        and t.dtype is not torch.float64
+        and t.dtype is not dtype
         else t
         for t in tensors
     )

@@ -195,7 +195,9 @@ def check(ndim, input_shape, weight_shape, bias_shape, stride, padding, output_p
     if any(k < 1 for k in weight_shape[1:]) or c_in < 1:
         fail(f"expected every dimension of weight to be at least 1, got weight of size {list(weight_shape)}")
     if c_in % groups:
-        fail(f"expected weight to be divisible by groups={groups} at dimension 0, got weight of size {list(weight_shape)}")
+        fail(
+            f"expected weight to be divisible by groups={groups} at dimension 0, got weight of size {list(weight_shape)}"
+        )
     if input_shape[1] != c_in:
         fail(
             f"given weight of size {list(weight_shape)}, expected input{list(input_shape)} "

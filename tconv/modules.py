@@ -19,9 +19,7 @@ class _Forward:
         output_padding = (
             self.output_padding
             if output_size is None
-            else self._output_padding(
-                input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation
-            )
+            else self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation)
         )
         return conv_transpose(
             n, input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation

@@ -8,7 +8,8 @@ Inputs are batched and checked (functional.py does both); spatial arguments have
 from __future__ import annotations
 
 import torch
-from torch.library import Library, register_autograd, register_fake, register_vmap
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.library import Library, register_fake, register_vmap
 
 from . import launch
 from .geometry import Geometry, make_geometry
@@ -37,9 +38,7 @@ backward_bias = torch.ops.tconv.backward_bias
 
 def _geometry(kernel, layer) -> Geometry:
     stride, padding, output_padding, groups, dilation = layer
-    return make_geometry(
-        tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
-    )
+    return make_geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
 
 
 def _conv_transpose(input, weight, bias, *layer):
@@ -98,7 +97,7 @@ def _(grad_output):
 
 
 def _conv_transpose_setup(ctx, inputs, output):
-    input, weight, bias, *layer = inputs
+    input, weight, _, *layer = inputs
     ctx.save_for_backward(input, weight)
     ctx.layer = layer
 
@@ -151,19 +150,51 @@ def _backward_bias_setup(ctx, inputs, output):
 
 
 def _backward_bias_backward(ctx, grad):
-    return grad.view(-1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
+    return (grad.view(-1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape),)
 
 
-register_autograd(
-    "tconv::conv_transpose", _conv_transpose_backward, setup_context=_conv_transpose_setup, lib=library
-)
-register_autograd(
-    "tconv::backward_input", _backward_input_backward, setup_context=_backward_input_setup, lib=library
-)
-register_autograd(
-    "tconv::backward_weight", _backward_weight_backward, setup_context=_backward_weight_setup, lib=library
-)
-register_autograd("tconv::backward_bias", _backward_bias_backward, setup_context=_backward_bias_setup, lib=library)
+def _register_autograd(name: str, setup, backward) -> None:
+    """torch.library.register_autograd, made to work under torch.func.grad, vjp and jacrev too.
+
+    Those differentiate level by level: this level's graph is recorded here, by a single-level function as for
+    torch's own operators, and redispatching takes the call to the levels below, which record theirs.
+    """
+    op = getattr(torch.ops.tconv, name).default
+
+    def forward(ctx, *args):
+        *args, keyset = args
+        with torch._C._AutoDispatchBelowAutograd():
+            if torch._C._are_functorch_transforms_active():
+                with torch.enable_grad():  # a Function's forward runs without, and so would the levels below
+                    output = op.redispatch(keyset, *args)
+            else:
+                output = op.redispatch(keyset, *args)
+        setup(ctx, args, output)
+        return output
+
+    def differentiate(ctx, grad):
+        return *backward(ctx, grad), None
+
+    members = dict(forward=staticmethod(forward), backward=staticmethod(differentiate))
+    function = type(f"tconv_{name}", (torch.autograd.function._SingleLevelFunction,), members)
+
+    def kernel(keyset, *args):
+        keyset = keyset & torch._C._after_autograd_keyset
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset, *args)
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*args, keyset)
+        with enable_single_level_autograd_function():
+            return function.apply(*args, keyset)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_register_autograd("conv_transpose", _conv_transpose_setup, _conv_transpose_backward)
+_register_autograd("backward_input", _backward_input_setup, _backward_input_backward)
+_register_autograd("backward_weight", _backward_weight_setup, _backward_weight_backward)
+_register_autograd("backward_bias", _backward_bias_setup, _backward_bias_backward)
 
 
 # Batching rules: the mapped dimension joins the batch where the weight is shared, and the groups

@@ -56,11 +56,10 @@ class Layer:
 
 
 def _layer(name: str, source: str, entry: dict) -> Layer:
-    geometry = Geometry(
-        *(tuple(entry[key]) for key in ("kernel", "stride", "padding", "output_padding")),
-        entry["groups"],
-        tuple(entry["dilation"]),
+    kernel, stride, padding, output_padding, dilation = (
+        tuple(entry[key]) for key in ("kernel", "stride", "padding", "output_padding", "dilation")
     )
+    geometry = Geometry(kernel, stride, padding, output_padding, entry["groups"], dilation)
     return Layer(
         name,
         source,

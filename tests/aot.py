@@ -54,7 +54,12 @@ def compile_launch(job):
         signature[name], _, specialisation = launch["types"].get(name, "constexpr").partition(" ")
         if specialisation:
             attributes[(i,)] = make_backend(target).parse_attr(specialisation)
-    result = {"launch": launch["name"], "kernel": launch["kernel"], "triton": triton.__version__}
+    result = {
+        "launch": launch["name"],
+        "kernel": launch["kernel"],
+        "triton": triton.__version__,
+        "from": triton.__file__,
+    }
     log = io.StringIO()
     start = time.perf_counter()
     try:

@@ -24,7 +24,9 @@ def passes(function, input, weight, bias, grad_output, **layer):
 def oracle(ndim, input, weight, bias, grad_output, tf32=False, **layer):
     """The same in float64; with tf32, on operands rounded as the tensor core sees them (biases never are)."""
     if not tf32:
-        return passes(ATEN[ndim], *(None if t is None else t.double() for t in (input, weight, bias, grad_output)), **layer)
+        return passes(
+            ATEN[ndim], *(None if t is None else t.double() for t in (input, weight, bias, grad_output)), **layer
+        )
     input, weight, rounded_grad = (round_tf32(t).double() for t in (input, weight, grad_output))
     exact = passes(ATEN[ndim], input, weight, None if bias is None else bias.double(), rounded_grad, **layer)
     return exact if bias is None else (*exact[:3], grad_output.double().flatten(2).sum((0, 2)))
@@ -53,4 +55,6 @@ def assert_no_worse(actual, exact, peer, what=""):
     (largest, rms), (peer_largest, peer_rms) = errors(actual, exact), errors(peer, exact)
     scale = exact.abs().max() / exact.square().mean().sqrt().clamp_min(1e-30) if exact.numel() else 1.0
     assert rms <= 1.25 * peer_rms + 0.5 * eps, f"{what}: rms error {rms:.2e}, torch {peer_rms:.2e}"
-    assert largest <= 1.5 * peer_largest + 0.5 * eps * float(scale), f"{what}: max error {largest:.2e}, torch {peer_largest:.2e}"
+    assert largest <= 1.5 * peer_largest + 0.5 * eps * float(scale), (
+        f"{what}: max error {largest:.2e}, torch {peer_largest:.2e}"
+    )

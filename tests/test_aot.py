@@ -6,6 +6,7 @@ Triton releases (pip install --no-deps --target DIR triton==X), separated as in 
 """
 
 import importlib
+import importlib.metadata
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import tconv.kernels
 from tconv import launch as launcher
@@ -53,9 +55,12 @@ LAYERS = {
     "dcgan-bf16-nhwc": (layer(512, 256, 4, (8, 8), 64, stride=2, padding=1), BF16, LAST, True),
     "dcgan-fp16-nchw": (layer(512, 256, 4, (8, 8), 64, stride=2, padding=1), FP16, FIRST, True),
     "unet-tf32-nchw": (layer(256, 128, 2, (56, 56), 16, stride=2), FP32, FIRST, True),
+    "square-fp32-nchw": (layer(64, 128, 3, (128, 128), 8, padding=1), FP32, FIRST, False),
     "square-fp32-nhwc": (layer(64, 128, 3, (128, 128), 8, padding=1), FP32, LAST, False),
     "image-bf16-nhwc": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, LAST, True),
+    "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),
     "volume-groups-fp32": (layer(32, 32, 3, (16, 32, 32), 8, stride=2, groups=4), FP32, FIRST, True),
+    "vocoder-fp16": (layer(512, 256, 16, (32,), 16, stride=8, padding=4), FP16, FIRST, True),
     "depthwise-bf16-nhwc": (layer(256, 256, 3, (56, 56), 32, stride=2, padding=1, groups=256), BF16, LAST, True),
     "depthwise-fp32-nchw": (layer(256, 256, 3, (56, 56), 32, stride=2, padding=1, groups=256), FP32, FIRST, True),
     "large-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2), BF16, LAST, True),
@@ -157,24 +162,30 @@ def judge(launch, result, target: str):
         wanted = {"mma.sync"} if target == "sm_90" and constants["BLOCK_M"] < 64 else MATRIX_INSTRUCTIONS[target]
         if not wanted & set(result["matrix"]):
             yield f"no {' or '.join(sorted(wanted))} instruction"
-    if launch["kernel"] == "gather_gemm" and constants["SRC_LAST"] and constants["EVEN_C"] and target != "gfx942":
-        # Every byte of both operands' tiles, in each stage, is copied asynchronously and 16 at a time.
-        element = int(launch["types"]["src"][3:5]) // 8
-        tiles = (constants["BLOCK_M"] + constants["BLOCK_N"]) * constants["BLOCK_K"] * element
+    sources = {"gather_gemm": ("SRC_LAYOUT",), "weight_gemm": ("X_LAYOUT", "Y_LAYOUT")}.get(launch["kernel"], ())
+    half = launch["types"].get("x", "*fp16")[1:5] in ("bf16", "fp16")  # fp32's weight gradient transposes its tiles
+    if target != "gfx942" and sources and half and all(constants[key] == "vectors" for key in sources):
+        # Asynchronous copies of 16 bytes a thread; on sm_90 of every byte of both operands' tiles, in each stage.
+        size = 4 if "fp32" in launch["types"].get("src", "") else 2
+        tiles = (constants["BLOCK_M"] + constants["BLOCK_N"]) * constants["BLOCK_K"] * size
         expected = launch["options"]["num_stages"] * tiles
-        if result["copied"] != {"16": expected}:
+        if set(result["copied"]) != {"16"} or (target == "sm_90" and result["copied"]["16"] != expected):
             yield f"copies {result['copied']} bytes by vector width, expected {expected} in vectors of 16"
 
 
 def releases():
+    """The Triton releases to compile under: None for the installed one, and the other ones' directories."""
     directories = os.environ.get("TCONV_TRITON_DIRS")
-    unset = pytest.mark.skip(reason="TCONV_TRITON_DIRS names no other Triton release")
-    others = (
-        [pytest.param(d, id=Path(d).name) for d in directories.split(os.pathsep)]
-        if directories
-        else [pytest.param("", id="others", marks=unset)]
-    )
-    return [pytest.param(None, id="installed"), *others]
+    if not directories:
+        unset = pytest.mark.skip(reason="TCONV_TRITON_DIRS names no other Triton release")
+        return [pytest.param(None, id="installed"), pytest.param("", id="others", marks=unset)]
+    others = [d for d in directories.split(os.pathsep) if release(d) != triton.__version__]
+    return [pytest.param(None, id="installed"), *(pytest.param(d, id=Path(d).name) for d in others)]
+
+
+def release(directory):
+    """The version of the Triton in a directory; None where there is none to be found."""
+    return next((d.version for d in importlib.metadata.distributions(name="triton", path=[directory])), None)
 
 
 def test_every_kernel_is_listed():
@@ -202,5 +213,6 @@ def test_compiles_and_fits(directory, target, tmp_path):
     assert process.returncode == 0, process.stderr[-4000:]
     results = {r["launch"]: r for r in map(json.loads, process.stdout.splitlines())}
     assert set(results) == {each["name"] for each in launches}
+    assert directory is None or all(Path(r["from"]).is_relative_to(Path(directory).resolve()) for r in results.values())
     faults = [f"{each['name']}: {fault}" for each in launches for fault in judge(each, results[each["name"]], target)]
     assert not faults, "\n".join(faults)

@@ -125,7 +125,8 @@ def good(n, device):
 
 def arguments(bad, n, device):
     change = {
-        k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v for k, v in bad.change(n).items()
+        k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v
+        for k, v in bad.change(n).items()
     }
     return good(n, device) | change
 

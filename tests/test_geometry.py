@@ -8,7 +8,8 @@ from tconv.geometry import Axis, as_tuple
 from tconv.workloads import SUITES, layers
 
 AXES = [
-    Axis(k, s, p, d) for k, s, p, d in itertools.product((1, 2, 3, 4, 5, 7), (1, 2, 3, 4, 6), (0, 1, 2, 5), (1, 2, 3, 4))
+    Axis(k, s, p, d)
+    for k, s, p, d in itertools.product((1, 2, 3, 4, 5, 7), (1, 2, 3, 4, 6), (0, 1, 2, 5), (1, 2, 3, 4))
 ]
 
 

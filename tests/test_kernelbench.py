@@ -72,7 +72,11 @@ def test_every_argument_works(ndim, device):
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     x = torch.randn(2, 4, *(3, 4, 5)[:ndim], device=device)
     w, bias = torch.randn(4, 3, *(2, 3, 4)[:ndim], device=device), torch.randn(6, device=device)
-    for stride, padding, output_padding in ((1, 0, 0), (2, 1, 1), ((3, 2, 4)[:ndim], (0, 1, 2)[:ndim], (2, 1, 0)[:ndim])):
+    for stride, padding, output_padding in (
+        (1, 0, 0),
+        (2, 1, 1),
+        ((3, 2, 4)[:ndim], (0, 1, 2)[:ndim], (2, 1, 0)[:ndim]),
+    ):
         args = (x, w, bias, stride, padding, output_padding, 2)
         torch.testing.assert_close(function(*args), aten(*args), atol=1e-5, rtol=1e-5)
     layer = MODELS[ndim](4, 6, (2, 3, 4)[:ndim], stride=2, padding=1, output_padding=1, groups=2, bias=True).to(device)

@@ -74,7 +74,9 @@ def make(case, dtype, device, channels_last=False):
     draw = functools.partial(_draw, dtype, device)
     input, weight = draw(case.input), draw(case.weight)
     bias = draw((case.weight[1] * g,)) if case.bias else None
-    shape = ATEN[case.ndim](torch.empty(case.input, device="meta"), torch.empty(case.weight, device="meta"), **case.layer)
+    shape = ATEN[case.ndim](
+        torch.empty(case.input, device="meta"), torch.empty(case.weight, device="meta"), **case.layer
+    )
     grad = draw(shape.shape)
     if channels_last:
         input, grad = (t.contiguous(memory_format=LAST[input.ndim]) for t in (input, grad))

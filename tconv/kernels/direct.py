@@ -46,7 +46,6 @@ def gather_direct(
     q_h = (h_dst + phases_h - 1) // phases_h
     q_w = (w_dst + phases_w - 1) // phases_w
     channels = groups * c_dst
-    tiles_n = tl.cdiv(channels, BLOCK_N)
     tiles_w = tl.cdiv(q_w, BOX_W)
     rows = batch * q_d * q_h
     if LARGE:
