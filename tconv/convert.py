@@ -13,11 +13,6 @@ from torch.overrides import TorchFunctionMode
 from . import functional
 from .modules import COUNTERPARTS
 
-_LAZY = {
-    nn.LazyConvTranspose1d: nn.ConvTranspose1d,
-    nn.LazyConvTranspose2d: nn.ConvTranspose2d,
-    nn.LazyConvTranspose3d: nn.ConvTranspose3d,
-}
 _BACK = {ours: torchs for torchs, ours in COUNTERPARTS.items()}
 
 
@@ -69,9 +64,7 @@ def _swap(model: nn.Module, action: str, mapping: dict[type[_ConvTransposeNd], t
     report = Report(action)
     for name, module in model.named_modules():
         kind = type(module)
-        if kind in _LAZY:
-            _swap_lazy(module, name, report)
-        elif kind in mapping:
+        if kind in mapping:
             module.__class__ = mapping[kind]
             report.changed.append(name)
         elif parametrize.is_parametrized(module) and kind.__bases__[0] in mapping:
@@ -91,24 +84,10 @@ def _rebased(kind: type, base: type) -> type:
     return type(kind.__name__, (base,), members)
 
 
-def _swap_lazy(module: nn.Module, name: str, report: Report) -> None:
-    torchs = _LAZY[type(module)]  # type: ignore[index]
-    if report.action == "converted":
-        wanted = COUNTERPARTS[torchs]
-        if module.cls_to_become is wanted:
-            return
-        module.cls_to_become = wanted  # type: ignore[assignment]  # on the instance; the class keeps torch's
-    else:
-        if "cls_to_become" not in vars(module):
-            return
-        del module.cls_to_become
-    report.changed.append(name)
-
-
 def _why_left(module: nn.Module) -> str | None:
     kind = type(module)
     base = kind.__bases__[0] if parametrize.is_parametrized(module) else kind
-    if base in _BACK or base in _LAZY:
+    if isinstance(module, tuple(_BACK)):
         return None
     if isinstance(module, _ConvTransposeNd):
         return f"{base.__module__}.{base.__qualname__} is a subclass of torch's module with code of its own"

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import functional, launch
 from .dispatch import PASSES, Plan, Problem, plan, refuse, target_of
-from .geometry import Geometry, as_tuple, check, make_geometry
+from .geometry import Geometry, as_int, as_tuple, check, make_geometry
 from .modules import COUNTERPARTS
 
 _WORDS = {
@@ -120,6 +120,7 @@ def _explain_call(
             (dilation, "dilation"),
         )
     )
+    groups = as_int(groups, "groups", ndim, "an int")
     bias_shape = None if bias is None else bias.shape
     check(ndim, batched.shape, weight.shape, bias_shape, stride, padding, output_padding, groups, dilation)
     geometry = make_geometry(tuple(weight.shape[2:]), stride, padding, output_padding, groups, dilation)
@@ -156,9 +157,10 @@ def _explain_model(model: nn.Module, args, kwargs) -> ModelExplanation:
 
     def observe(call):
         nonlocal falling_back
-        if threading.get_ident() == thread:
+        # Under nested overrides, the call that falls to aten meets the outer one on its way.
+        if threading.get_ident() == thread and not falling_back:
             record(call, {})
-            falling_back = layers[-1].passes[0].plan.family == "aten"
+            falling_back = layers[-1].passes[0].problem is None and call[0].device.type != "meta"
 
     class Aten(TorchFunctionMode):
         def __torch_function__(self, func, types, call=(), options=None):
@@ -173,10 +175,13 @@ def _explain_model(model: nn.Module, args, kwargs) -> ModelExplanation:
                 falling_back = False
             return result
 
+    def leave(*_):
+        stack.pop()
+
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(lambda m, _: stack.append(m)))
-        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     functional.observers.append(observe)
     try:
         with torch.no_grad(), Aten():

@@ -95,18 +95,15 @@ def conv_transpose(ndim, input, weight, bias, stride, padding, output_padding, g
     unbatched = input.ndim == ndim + 1
     if unbatched:
         input = input.unsqueeze(0)
-    checker = check if torch.compiler.is_compiling() else check_cached
-    checker(
-        ndim,
-        input.shape,
-        weight.shape,
-        None if bias is None else bias.shape,
-        stride,
-        padding,
-        output_padding,
-        groups,
-        dilation,
-    )
+    bias_shape = None if bias is None else bias.shape
+    facts = (ndim, input.shape, weight.shape, bias_shape, stride, padding, output_padding, groups, dilation)
+    if torch.compiler.is_compiling():
+        check(*facts)
+    else:
+        try:
+            check_cached(*facts)
+        except TypeError:  # symbolic sizes (make_fx) have no hash
+            check(*facts)
     output = ops.conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return output.squeeze(0) if unbatched else output
 

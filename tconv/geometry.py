@@ -128,7 +128,7 @@ def make_geometry(kernel, stride, padding, output_padding, groups, dilation) -> 
 def as_int(value, name: str, ndim: int, wanted: str) -> int:
     """An int, or whatever stands for one (NumPy's ints, a tensor of one int), but not a bool; else TypeError."""
     if type(value) is int or isinstance(value, torch.SymInt):  # a symbol must not become a constant
-        return value
+        return value  # type: ignore[return-value]
     try:
         if not isinstance(value, bool):
             return value.__index__()
@@ -144,10 +144,7 @@ def as_tuple(value, name: str, ndim: int) -> tuple[int, ...]:
 
     Raises TypeError for anything that is not made of ints and RuntimeError for a wrong length.
     """
-    if isinstance(value, (tuple, list)):
-        values = tuple(value)
-    else:
-        values = (value,)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     values = tuple(as_int(v, name, ndim, f"an int or a tuple of {ndim} ints") for v in values)
     if len(values) == 1:
         values = values * ndim

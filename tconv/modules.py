@@ -38,8 +38,29 @@ class ConvTranspose3d(_Forward, nn.ConvTranspose3d):
     """torch.nn.ConvTranspose3d on tconv's kernels: same arguments, parameters, state_dict and repr."""
 
 
+class LazyConvTranspose1d(_Forward, nn.LazyConvTranspose1d):  # type: ignore[misc]
+    """What `convert` makes of torch.nn.LazyConvTranspose1d; becomes ConvTranspose1d at its first input."""
+
+    cls_to_become = ConvTranspose1d  # type: ignore[assignment]
+
+
+class LazyConvTranspose2d(_Forward, nn.LazyConvTranspose2d):  # type: ignore[misc]
+    """What `convert` makes of torch.nn.LazyConvTranspose2d; becomes ConvTranspose2d at its first input."""
+
+    cls_to_become = ConvTranspose2d  # type: ignore[assignment]
+
+
+class LazyConvTranspose3d(_Forward, nn.LazyConvTranspose3d):  # type: ignore[misc]
+    """What `convert` makes of torch.nn.LazyConvTranspose3d; becomes ConvTranspose3d at its first input."""
+
+    cls_to_become = ConvTranspose3d  # type: ignore[assignment]
+
+
 COUNTERPARTS = {
     nn.ConvTranspose1d: ConvTranspose1d,
     nn.ConvTranspose2d: ConvTranspose2d,
     nn.ConvTranspose3d: ConvTranspose3d,
+    nn.LazyConvTranspose1d: LazyConvTranspose1d,
+    nn.LazyConvTranspose2d: LazyConvTranspose2d,
+    nn.LazyConvTranspose3d: LazyConvTranspose3d,
 }

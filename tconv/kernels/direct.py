@@ -115,8 +115,9 @@ def gather_direct(
             source = src_channel + j * src_c
         v = load_tile(src, pixel + delta, source, ok[:, None] & co_ok[None, :], SRC_LAYOUT)
         w = tl.load(weight + (w_channel + j.to(tl.int64) * w_s + tap), mask=co_ok, other=0.0)
-        # A pixel outside the source adds nothing, also where the weight is infinite or NaN.
-        acc += tl.where(ok[:, None], v.to(ACC) * w.to(ACC)[None, :], 0.0)
+        # A pixel outside the source adds nothing, also where the weight is infinite or NaN.  Selected after the sum,
+        # so that product and sum fuse.
+        acc = tl.where(ok[:, None], acc + v.to(ACC) * w.to(ACC)[None, :], acc)
 
     if HAS_BIAS:
         acc += tl.load(bias + co, mask=co_ok, other=0.0).to(ACC)[None, :]
@@ -200,5 +201,6 @@ def weight_direct(
         b = load_tile(y, n * y_n + od * y_d + oh * y_h + ow * y_w, co * y_c, mask, Y_LAYOUT)
         acc += a.to(ACC) * b.to(ACC)
 
-    total = tl.sum(acc, 0)
+    # In float64, since a tile of 512 pixels is a long enough sum for fp32 to lose against torch's cascades.
+    total = tl.sum(acc.to(tl.float64), 0).to(partial.dtype.element_ty)
     tl.store(partial + (split.to(tl.int64) * taps + tap) * columns + column, total, mask=column_ok)

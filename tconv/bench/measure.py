@@ -1,0 +1,228 @@
+"""How time is taken: CUDA events around a call, in rounds in which every provider has its turn.
+
+A call's `ms` is what the device spends on it.  A short wait is queued on the device before each call, so that the
+host is ahead when the call's first kernel may start, and the host's own time is a figure of its own, `host_us`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CYCLES_PER_SECOND = 2e9  # torch.cuda._sleep counts the SM's clock; too high a guess makes the wait a little longer
+WARM_UP = 3  # calls of each provider between the check and the first round
+
+
+@dataclass
+class Run:
+    """One provider's call, and what has been read of it."""
+
+    name: str
+    function: Callable[[], Any]
+    benchmark: bool = True  # torch.backends.cudnn.benchmark during the call
+    own_thread: bool = False
+    grad: bool = False
+    host: list[float] = field(default_factory=list)  # seconds a call
+    events: list = field(default_factory=list)
+
+
+# torch keeps the plan that cuDNN chose for a convolution in a cache a thread, and looks there before it looks at
+# torch.backends.cudnn.benchmark.  Whoever comes first would choose for both; so calls with benchmark=False have a
+# thread of their own.
+_thread: ThreadPoolExecutor | None = None
+
+
+def call(run: Run, function: Callable[[], Any] | None = None) -> Any:
+    """run.function (or another in its place) under the run's settings, in its thread."""
+    global _thread
+
+    def work():
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = run.benchmark
+        try:
+            # The backward pass in the calling thread, for the cache's sake.
+            with torch.set_grad_enabled(run.grad), torch.autograd.set_multithreading_enabled(False):
+                return (function or run.function)()
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    if not run.own_thread:
+        return work()
+    _thread = _thread or ThreadPoolExecutor(max_workers=1)
+    return _thread.submit(work).result()
+
+
+def _timed(run: Run, flush: torch.Tensor | None, wait: float) -> None:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def work():
+        torch.cuda._sleep(int(wait * CYCLES_PER_SECOND))
+        if flush is not None:
+            flush.zero_()
+        start.record()
+        begin = time.perf_counter()
+        run.function()
+        run.host.append(time.perf_counter() - begin)
+        end.record()
+
+    call(run, work)
+    run.events.append((start, end))
+
+
+def interleave(runs: list[Run], budget: float, fewest: int, most: int, flush: torch.Tensor | None) -> dict[str, dict]:
+    """Time the runs in turn, round after round, until `budget` seconds are spent or `most` rounds done.
+
+    Each round begins with the next provider, so that none always follows the same one.  `flush` is overwritten before
+    each call (a buffer of twice the L2, for cases that fit in it).
+    """
+    waits = {}
+    for run in runs:
+        run.host, run.events = [], []
+        for _ in range(WARM_UP):
+            _timed(run, flush, 0)
+        torch.cuda.synchronize()
+        waits[run.name] = min(1.3 * statistics.median(run.host) + 20e-6, 2e-3)
+    for run in runs:
+        run.host, run.events = [], []
+    begin = time.perf_counter()
+    for i in range(most):
+        for run in runs[i % len(runs) :] + runs[: i % len(runs)]:
+            _timed(run, flush, waits[run.name])
+        torch.cuda.synchronize()
+        if i + 1 >= fewest and time.perf_counter() - begin > budget:
+            break
+    return {run.name: statistics_of(run) for run in runs}
+
+
+def statistics_of(run: Run) -> dict:
+    """Median and interquartile range of the device's time, and the host's median time a call."""
+    times = sorted(start.elapsed_time(end) for start, end in run.events)
+    quarter, three = times[len(times) // 4], times[(3 * len(times)) // 4]
+    return {
+        "ms": statistics.median(times),
+        "ms_spread": three - quarter,
+        "host_us": 1e6 * statistics.median(run.host),
+        "rounds": len(times),
+    }
+
+
+def l2_bytes() -> int:
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+
+
+def flush_buffer() -> torch.Tensor:
+    """What to overwrite so that nothing of a case is left in the L2."""
+    return torch.empty(2 * l2_bytes(), dtype=torch.int8, device="cuda")
+
+
+def free_bytes() -> int:
+    """Device memory that a case can have: what is free, and what torch's allocator holds unused."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def roofs() -> dict:
+    """Copy bandwidth (GB/s, read and written bytes) and matrix rates (TFLOP/s) of this device, measured now."""
+    elements = max(1 << 20, min(1 << 29, free_bytes() // 16))
+    source = torch.randn(elements // 4, device="cuda").repeat(4)
+    target = torch.empty_like(source)
+    ms = _median_ms(lambda: target.copy_(source))
+    measured: dict = {"copy_gbps": 2 * source.numel() * 4 / ms / 1e6, "matmul_tflops": {}}
+    del source, target
+    flag = torch.backends.cuda.matmul
+    before = flag.fp32_precision  # type: ignore[attr-defined]
+    try:
+        for precision, n in (("tf32", 8192), ("fp32", 4096), ("fp16", 8192), ("bf16", 8192)):
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+            flag.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+            a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+            ms = _median_ms(lambda a=a, b=b: a @ b)
+            measured["matmul_tflops"][precision] = 2 * n**3 / ms / 1e9
+    finally:
+        flag.fp32_precision = before  # type: ignore[attr-defined]
+    torch.cuda.empty_cache()
+    return measured
+
+
+def _median_ms(function: Callable[[], Any], rounds: int = 20) -> float:
+    run = Run("roof", function)
+    for i in range(rounds + 5):
+        if i == 5:
+            run.events = []
+        _timed(run, None, 20e-6)
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in run.events)
+
+
+def roof_ms(flops: float, nbytes: float, precision: str, measured: dict) -> float:
+    """The least time for so many operations and bytes at the measured rates.
+
+    fp32 with full precision can be formed from three TF32 products, so its rate is a third of TF32's where that is
+    more than what the IEEE matrix product reached.
+    """
+    rates = measured["matmul_tflops"]
+    rate = max(rates["fp32"], rates["tf32"] / 3) if precision == "fp32" else rates[precision]
+    return max(flops / rate / 1e9, nbytes / measured["copy_gbps"] / 1e6)
+
+
+def _query(fields: str) -> str:
+    """One line of nvidia-smi about the current device, or ""."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", visible]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return ""
+
+
+def clocks() -> dict:
+    """Clocks, temperature and power as nvidia-smi reads them now; empty where it cannot be asked."""
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
+    values = _query(",".join(fields)).split(", ")
+    return dict(zip(fields, values)) if len(values) == len(fields) else {}
+
+
+def head() -> dict:
+    """Where and with what a run is made."""
+    import triton
+
+    import tconv
+
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "none (Triton's interpreter on the CPU)",
+        "driver": _query("driver_version") if gpu else "",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "tconv": tconv.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "clocks": clocks() if gpu else {},
+        "l2_bytes": l2_bytes() if gpu else 0,
+        "memory_bytes": torch.cuda.mem_get_info()[1] if gpu else 0,
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def poison(shape, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """NaN in the memory that the allocator hands out next for such a tensor, so that an unwritten element shows."""
+    torch.empty(tuple(shape), dtype=dtype, device="cuda", memory_format=memory_format).fill_(float("nan"))
