@@ -119,6 +119,7 @@ def splits(tiles: int, programs: int, elements: int, block: int, target: Target)
     where the workspace allows, since a tensor core's accumulation truncates and the error grows with the run.
     """
     want = max(cdiv(4 * target.processors, programs), cdiv(tiles * block, 32768))
+    tiles = max(tiles, 1)  # explain() asks also about an empty batch
     count = max(1, min(want, tiles, WORKSPACE_ELEMENTS // elements))
     per_split = cdiv(tiles, count)
     return cdiv(tiles, per_split), per_split

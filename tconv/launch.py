@@ -108,19 +108,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     problem = make_problem("forward", geometry, input.shape, c_out, input.dtype, input)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return output.copy_(
-            torch.ops.aten.convolution(
-                input,
-                weight,
-                bias,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                True,
-                geometry.output_padding,
-                geometry.groups,
-            )
-        )
+        return output.copy_(aten_forward(input, weight, bias, geometry))
     gather(chosen, input, weight, bias, output, geometry, True)
     return output
 
@@ -137,7 +125,7 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     )
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
-        return grad_input.copy_(_aten_backward(grad_output, grad_input, weight, geometry, 0))
+        return grad_input.copy_(aten_backward(grad_output, grad_input, weight, geometry, 0))
     gather(chosen, grad_output, weight, None, grad_input, geometry, False)
     return grad_input
 
@@ -156,7 +144,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     problem = make_problem("backward_weight", geometry, input.shape, c_out, input.dtype, input)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return grad_weight.copy_(_aten_backward(grad_output, input, grad_weight, geometry, 1))
+        return grad_weight.copy_(aten_backward(grad_output, input, grad_weight, geometry, 1))
 
     from .kernels.direct import weight_direct
     from .kernels.gemm import weight_gemm
@@ -353,7 +341,22 @@ def _sum_partials(partial, grad, c_out, axes) -> None:
     )
 
 
-def _aten_backward(grad_output, input, weight, geometry: Geometry, index: int) -> torch.Tensor:
+def aten_forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
+    """aten's forward pass."""
+    return torch.ops.aten.convolution(
+        input,
+        weight,
+        bias,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        True,
+        geometry.output_padding,
+        geometry.groups,
+    )
+
+
+def aten_backward(grad_output, input, weight, geometry: Geometry, index: int) -> torch.Tensor:
     """aten's gradient of the input (index 0) or the weight (1); the other operand gives its shape alone."""
     return torch.ops.aten.convolution_backward(
         grad_output,

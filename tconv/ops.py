@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
 from . import launch
@@ -153,8 +154,31 @@ def _backward_bias_backward(ctx, grad):
     return (grad.view(-1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape),)
 
 
-def _register_autograd(name: str, setup, backward) -> None:
-    """torch.library.register_autograd, made to work under torch.func.grad, vjp and jacrev too.
+# Forward-mode differentiation runs aten.  functional.py sees to that for a layer; an operator is reached only by a
+# gradient that is itself differentiated forwards (jvp of vjp, say).
+
+
+def _conv_transpose_aten(input, weight, bias, *layer):
+    return launch.aten_forward(input, weight, bias, _geometry(weight.shape[2:], layer))
+
+
+def _backward_input_aten(grad_output, weight, input_size, *layer):
+    like = grad_output.new_empty((grad_output.shape[0], weight.shape[0], *input_size))
+    return launch.aten_backward(grad_output, like, weight, _geometry(weight.shape[2:], layer), 0)
+
+
+def _backward_weight_aten(grad_output, input, kernel_size, *layer):
+    geometry = _geometry(kernel_size, layer)
+    like = input.new_empty((input.shape[1], grad_output.shape[1] // geometry.groups, *kernel_size))
+    return launch.aten_backward(grad_output, input, like, geometry, 1)
+
+
+def _backward_bias_aten(grad_output):
+    return grad_output.sum((0, *range(2, grad_output.ndim)))
+
+
+def _register_autograd(name: str, setup, backward, aten) -> None:
+    """torch.library.register_autograd, made to work under torch.func's transforms too.
 
     Those differentiate level by level: this level's graph is recorded here, by a single-level function as for
     torch's own operators, and redispatching takes the call to the levels below, which record theirs.
@@ -179,6 +203,8 @@ def _register_autograd(name: str, setup, backward) -> None:
     function = type(f"tconv_{name}", (torch.autograd.function._SingleLevelFunction,), members)
 
     def kernel(keyset, *args):
+        if forward_ad._current_level >= 0:
+            return aten(*args)
         keyset = keyset & torch._C._after_autograd_keyset
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             with torch._C._AutoDispatchBelowAutograd():
@@ -191,10 +217,10 @@ def _register_autograd(name: str, setup, backward) -> None:
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-_register_autograd("conv_transpose", _conv_transpose_setup, _conv_transpose_backward)
-_register_autograd("backward_input", _backward_input_setup, _backward_input_backward)
-_register_autograd("backward_weight", _backward_weight_setup, _backward_weight_backward)
-_register_autograd("backward_bias", _backward_bias_setup, _backward_bias_backward)
+_register_autograd("conv_transpose", _conv_transpose_setup, _conv_transpose_backward, _conv_transpose_aten)
+_register_autograd("backward_input", _backward_input_setup, _backward_input_backward, _backward_input_aten)
+_register_autograd("backward_weight", _backward_weight_setup, _backward_weight_backward, _backward_weight_aten)
+_register_autograd("backward_bias", _backward_bias_setup, _backward_bias_backward, _backward_bias_aten)
 
 
 # Batching rules: the mapped dimension joins the batch where the weight is shared, and the groups

@@ -187,30 +187,46 @@ def test_changing_a_saved_tensor_in_place_is_noticed(device):
 OPERATORS = ("conv_transpose", "backward_input", "backward_weight", "backward_bias")
 
 
+def operator_arguments(operator, case, x, w, b):
+    grad = torch.randn_like(case.aten(x, w, b, **case.layer)).requires_grad_()
+    return {
+        "conv_transpose": (x, w, b, *case.arguments()),
+        "backward_input": (grad, w, list(x.shape[2:]), *case.arguments()),
+        "backward_weight": (grad, x, list(w.shape[2:]), *case.arguments()),
+        "backward_bias": (grad,),
+    }[operator]
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @each([sample("1d"), sample("1d_grouped"), sample("2d_depthwise"), sample("3d")])
 def test_opcheck(sample, operator, device, ieee):
     """Schema, fake tensors, autograd registration and AOT dispatch with symbolic sizes, by torch's own checker."""
-    x, w, b = sample.tensors(device)
-    grad = torch.randn_like(sample.aten(x, w, b, **sample.layer)).requires_grad_()
-    arguments = {
-        "conv_transpose": (x, w, b, *sample.arguments()),
-        "backward_input": (grad, w, list(x.shape[2:]), *sample.arguments()),
-        "backward_weight": (grad, x, list(w.shape[2:]), *sample.arguments()),
-        "backward_bias": (grad,),
-    }[operator]
+    arguments = operator_arguments(operator, sample, *sample.tensors(device))
     torch.library.opcheck(getattr(torch.ops.tconv, operator).default, arguments)
 
 
-@pytest.mark.parametrize("kind", ("channels_last", "no_bias", "half", "empty_batch"))
-def test_opcheck_of_other_tensors(kind, device):
+def channels_last(x, w, b):
+    return x.detach().to(memory_format=torch.channels_last).requires_grad_(), w, b
+
+
+def half(*tensors):
+    return [t.detach().half().requires_grad_() for t in tensors]
+
+
+KINDS = {
+    "channels_last": channels_last,
+    "channels_last_weight": lambda x, w, b: (x, *channels_last(w, None, b)[:1], b),
+    "half": half,
+    "empty_batch": lambda x, w, b: (x.detach()[:0].requires_grad_(), w, b),
+    "no_bias": lambda x, w, b: (x, w, None),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS[:3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_of_other_tensors(kind, operator, device):
+    """Fake results have the strides of the real ones."""
     case = sample("2d")
-    x, w, b = case.tensors(device, torch.float16 if kind == "half" else torch.float32)
-    if kind == "channels_last":
-        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    elif kind == "no_bias":
-        b = None
-    elif kind == "empty_batch":
-        x = x.detach()[:0].requires_grad_()
+    arguments = operator_arguments(operator, case, *KINDS[kind](*case.tensors(device)))
     tolerance = dict(rtol=1e-2, atol=1e-2) if kind == "half" else {}
-    torch.library.opcheck(torch.ops.tconv.conv_transpose.default, (x, w, b, *case.arguments()), **tolerance)
+    torch.library.opcheck(getattr(torch.ops.tconv, operator).default, arguments, **tolerance)

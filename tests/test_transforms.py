@@ -288,6 +288,37 @@ def test_forward_jacobians(transform, device, ieee):
     same(*both(case, lambda f: transform(lambda *t: f(*t).sin(), argnums=1)(*tensors)))
 
 
+@each([sample("1d_grouped"), sample("2d"), sample("2d_depthwise")])
+def test_jvp_of_vjp(sample, device, ieee):
+    """The layer runs on the kernels; its gradients are then differentiated forwards."""
+    tensors = sample.tensors(device, requires_grad=False)
+    cotangent = torch.randn_like(sample.aten(*tensors, **sample.layer))
+    same(*both(sample, lambda f: jvp(vjp(f, *tensors)[1], (cotangent,), (cotangent.cos(),))))
+    same(
+        *both(
+            sample,
+            lambda f: vmap(lambda t: jvp(vjp(f, *tensors)[1], (cotangent,), (t,)))(
+                cotangent.expand(2, *cotangent.shape)
+            ),
+        )
+    )
+
+
+def test_dual_gradients(device, ieee):
+    case = sample("1d")
+    tensors = case.tensors(device)
+    cotangent, tangent = (torch.randn_like(case.aten(*tensors, **case.layer)).detach() for _ in range(2))
+
+    def run(f):
+        output = f(*tensors)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(cotangent, tangent)
+            grads = torch.autograd.grad(output, tensors, dual, create_graph=True)
+            return [tuple(torch.autograd.forward_ad.unpack_dual(g)) for g in grads]
+
+    same(*both(case, run))
+
+
 def test_dual_tensors(device, ieee):
     case = sample("1d")
     x, w, b = case.tensors(device, requires_grad=False)

@@ -31,7 +31,12 @@ def test_layer(layer):
     failures = []
     for kind in ("fp32", "half"):
         # One draw for both 16-bit dtypes: bfloat16 values that float16 holds too.
-        shapes = layer.input_shape, layer.weight_shape, (layer.out_channels,) if layer.bias else None, layer.output_shape
+        shapes = (
+            layer.input_shape,
+            layer.weight_shape,
+            (layer.out_channels,) if layer.bias else None,
+            layer.output_shape,
+        )
         x, w, bias, grad = draw(shapes, kind, "cuda")
         exact = passes(ATEN[ndim], *(None if t is None else t.double() for t in (x, w, bias, grad)), **layer.options)
         for precision in ("tf32", "fp32") if kind == "fp32" else ("fp16", "bf16"):

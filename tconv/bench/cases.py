@@ -18,7 +18,14 @@ from ..workloads import Layer, layers
 PASSES = ("forward", "backward_input", "backward_weight", "training")
 PRECISIONS = ("tf32", "fp32", "fp16", "bf16")
 FORMATS = ("contiguous", "channels_last")
-CLASSES = ("kernel = 2 x stride", "kernel = stride", "stride 1", "other strided", "depthwise", "grouped")
+CLASSES: tuple[str, ...] = (
+    "kernel = 2 x stride",
+    "kernel = stride",
+    "stride 1",
+    "other strided",
+    "depthwise",
+    "grouped",
+)
 CLASSES += ("few output channels", "1-d", "2-d", "3-d")
 FEW_CHANNELS = 8  # a tensor-core tile has at least 8 columns
 
@@ -36,7 +43,7 @@ CORE = """
     CenterNet-DLA34/ida_up64 EDM-ADM-ImageNet64/up32 BigVGAN-v2-24k/antialias_up_c192 MedNeXt-L-k5/up_dw32
     HiFiGAN-V1/ups0_train HiFiGAN-V1/ups2_infer DAC-44k/up0_train EnCodec-24k/up2 ConvTasNet-decoder/decoder L1/79
     nnUNet-3d_fullres/tu32 PSMNet/conv6 IGEV-Stereo/conv2_up L2/15 L1/58
-""".split()
+"""
 
 _EXAMPLE = '"convtranspose2d 256 128 k4 s2 p1 @ 16x256x32x32"'
 _OPTIONS = {"k": "kernel", "s": "stride", "p": "padding", "op": "output_padding", "d": "dilation", "g": "groups"}
@@ -210,7 +217,7 @@ def suite(name: str) -> tuple[Case, ...]:
         raise ValueError(f"unknown suite {name!r}, expected one of {', '.join(SUITES)}")
     if name == "core":
         known = {layer.name: layer for source in ("kernelbench", "zoo") for layer in layers(source)}
-        return tuple(Case(name, n, (known[n],)) for n in CORE)
+        return tuple(Case(name, n, (known[n],)) for n in CORE.split())
     if name == "kernelbench-problems":
         return tuple(_problem(p) for p in _problems().values() if p["ops_after_conv"])
     return tuple(Case(name, layer.name, (layer,)) for layer in layers(name))

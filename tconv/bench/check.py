@@ -68,8 +68,9 @@ def oracle(ndim, input, weight, bias, grad_output, tf32=False, **layer):
     return exact if bias is None else (*exact[:3], grad_output.double().flatten(2).sum((0, 2)))
 
 
-def aten_pass(name: str, input, weight, bias, grad_output, layer: dict) -> torch.Tensor:
-    """One of RESULTS by aten; `layer` holds conv_transposeNd's keyword arguments."""
+def aten_pass(name: str, tensors, layer: dict) -> torch.Tensor:
+    """One of RESULTS by aten, from (input, weight, bias, grad_output); `layer`: conv_transposeNd's keyword arguments."""
+    input, weight, bias, grad_output = tensors
     if name == "backward_bias":
         return grad_output.flatten(2).sum((0, 2))
     where = layer["stride"], layer["padding"], layer["dilation"], True, layer["output_padding"], layer["groups"]
@@ -79,13 +80,13 @@ def aten_pass(name: str, input, weight, bias, grad_output, layer: dict) -> torch
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *where, mask)[mask.index(True)]
 
 
-def oracle_pass(name: str, input, weight, bias, grad_output, layer: dict, tf32: bool = False) -> torch.Tensor:
+def oracle_pass(name: str, tensors, layer: dict, tf32: bool = False) -> torch.Tensor:
     """One of RESULTS in float64, on TF32-rounded operands where asked (what is summed alone is never rounded)."""
+    input, weight, bias, grad_output = tensors
     if tf32:
         input, weight = round_tf32(input), round_tf32(weight)
         grad_output = grad_output if name == "backward_bias" else round_tf32(grad_output)
-    tensors = (None if t is None else t.double() for t in (input, weight, bias, grad_output))
-    return aten_pass(name, *tensors, layer)
+    return aten_pass(name, [None if t is None else t.double() for t in (input, weight, bias, grad_output)], layer)
 
 
 def errors(actual, exact):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +135,19 @@ def free_bytes() -> int:
 def roofs() -> dict:
     """Copy bandwidth (GB/s, read and written bytes) and matrix rates (TFLOP/s) of this device, measured now."""
     elements = max(1 << 20, min(1 << 29, free_bytes() // 16))
-    source = torch.randn(elements // 4, device="cuda").repeat(4)
-    target = torch.empty_like(source)
-    ms = _median_ms(lambda: target.copy_(source))
-    measured: dict = {"copy_gbps": 2 * source.numel() * 4 / ms / 1e6, "matmul_tflops": {}}
-    del source, target
+    a = torch.randn(elements // 4, device="cuda").repeat(4)
+    b = torch.empty_like(a)
+    ms = _median_ms(partial(b.copy_, a))
+    measured: dict = {"copy_gbps": 2 * a.numel() * 4 / ms / 1e6, "matmul_tflops": {}}
     flag = torch.backends.cuda.matmul
     before = flag.fp32_precision  # type: ignore[attr-defined]
     try:
         for precision, n in (("tf32", 8192), ("fp32", 4096), ("fp16", 8192), ("bf16", 8192)):
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
             flag.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+            a = b = None  # type: ignore[assignment]
             a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
-            ms = _median_ms(lambda a=a, b=b: a @ b)
+            ms = _median_ms(partial(torch.matmul, a, b))
             measured["matmul_tflops"][precision] = 2 * n**3 / ms / 1e9
     finally:
         flag.fp32_precision = before  # type: ignore[attr-defined]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import nn
 from .cases import Case, _problems
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
-_BINARY = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
+_BINARY: dict[str, Callable] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
 
 
 class Step(nn.Module):
@@ -47,7 +49,7 @@ class Inner(nn.Module):
 
 
 def _pool(ndim: int, kind: str, size: int):
-    pool = {"Max": (F.max_pool2d, F.max_pool3d), "Avg": (F.avg_pool2d, F.avg_pool3d)}[kind][ndim - 2]
+    pool: Any = {"Max": (F.max_pool2d, F.max_pool3d), "Avg": (F.avg_pool2d, F.avg_pool3d)}[kind][ndim - 2]
     return _simple(lambda x: pool(x, size))
 
 
@@ -132,11 +134,11 @@ class DoubleConv(nn.Sequential):
 class UNetSoftmax(nn.Module):
     """Problem L3/45: a U-Net of four levels, doubling its channels at each."""
 
-    def __init__(self, c_in: int, c_out: int, ups: list[nn.Module]):
+    def __init__(self, c_in: int, c_out: int, ups: list):
         super().__init__()
         width = ups[-1].out_channels
         channels = [c_in] + [width * 2**i for i in range(5)]
-        self.down = nn.ModuleList(DoubleConv(a, b) for a, b in zip(channels, channels[1:]))
+        self.down = nn.ModuleList(DoubleConv(a, b) for a, b in pairwise(channels))
         self.up = nn.ModuleList(ups)
         self.merge = nn.ModuleList(DoubleConv(2 * up.out_channels, up.out_channels) for up in ups)
         self.last = nn.Conv2d(width, c_out, 1)
@@ -151,7 +153,7 @@ class UNetSoftmax(nn.Module):
         return self.last(x)
 
 
-def layerInner(layer) -> nn.Module:
+def layer_module(layer) -> nn.Module:
     """torch's module for a layer of the suites, with fresh weights, on the CPU."""
     kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[layer.geometry.ndim - 1]
     return kind(layer.in_channels, layer.out_channels, layer.geometry.kernel, bias=layer.bias, **layer.options)
@@ -160,7 +162,7 @@ def layerInner(layer) -> nn.Module:
 def build(case: Case) -> nn.Module:
     """The problem's module.  Raises NotImplementedError naming the operation that is not written."""
     entry = _problems()[case.problem]
-    convs = [layerInner(layer) for layer in case.layers]
+    convs: list = [layer_module(layer) for layer in case.layers]
     if case.problem == "L3/45":
         return UNetSoftmax(entry["model_input_shapes"][0][1], 4, convs)
     channels, ndim = case.layer.out_channels, case.layer.geometry.ndim

@@ -149,7 +149,7 @@ def cudnn_nhwc(work: Work):
         return None
     x, grad = last(work.input), None if work.grad_output is None else last(work.grad_output)
     module = copy.deepcopy(work.module)
-    module.weight.data = last(module.weight.data)  # type: ignore[operator, union-attr]
+    module.weight.data = last(work.weight.data)  # type: ignore[operator, union-attr]
     there = Work(work.pass_name, work.layer, module, (x,), grad, "channels_last", False, work.roof_ms)
     return cudnn(there)
 

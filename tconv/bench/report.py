@@ -1,0 +1,225 @@
+"""Results turned into tables: speed-ups, their geometric mean, the worst case, losses, by axis and by class.
+
+Rows are dicts as a run writes them; nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cases import CLASSES
+
+KEY = ("suite", "case", "pass", "precision", "memory_format")
+BAD = ("wrong", "error", "crashed", "timeout", "skipped")
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """One case's time on tconv beside the best other provider's."""
+
+    row: dict
+    rival: dict
+
+    @property
+    def ratio(self) -> float:
+        return self.rival["ms"] / self.row["ms"]
+
+    @property
+    def name(self) -> str:
+        r = self.row
+        return f"{r['case']} {r['pass']} {r['precision']}" + (
+            " channels_last" if r["memory_format"] == "channels_last" else ""
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of some speed-ups: how many, their geometric mean, how many are below 1, and the worst."""
+
+    label: str
+    count: int
+    geomean: float
+    losses: int
+    worst: Speedup
+
+    def cells(self) -> list[str]:
+        worst = f"{self.worst.ratio:.2f}x {self.worst.name} (to {self.worst.rival['provider']})"
+        return [self.label, str(self.count), f"{self.geomean:.2f}x", str(self.losses), worst]
+
+
+SUMMARY_COLUMNS = ["", "cases", "geomean", "losses", "worst"]
+
+
+def load(path: str) -> dict:
+    """A result file.  Raises ValueError where it is none."""
+    try:
+        result = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a result of tconv.bench: {error}") from error
+    if not isinstance(result, dict) or "rows" not in result or "head" not in result:
+        raise ValueError(f"{path} is not a result of tconv.bench: it has no head and rows")
+    return result
+
+
+def geomean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def speedups(rows: list[dict], provider: str = "tconv") -> list[Speedup]:
+    """For each case that `provider` was timed on, its best rival: those marked so, or of its kind under a CUDA graph."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            groups.setdefault(tuple(row[k] for k in KEY), []).append(row)
+    found = []
+    for group in groups.values():
+        own = [r for r in group if r["provider"] == provider]
+        if not own:
+            continue
+        graph = own[0]["graph"]
+        rivals = [r for r in group if r["provider"] != provider and r["rival"] and r["graph"] == graph]
+        if rivals:
+            found.append(Speedup(own[0], min(rivals, key=lambda r: r["ms"])))
+    return found
+
+
+def summarise(label: str, found: list[Speedup]) -> Summary:
+    ratios = [s.ratio for s in found]
+    worst = min(found, key=lambda s: s.ratio)
+    return Summary(label, len(found), geomean(ratios), sum(r < 1 for r in ratios), worst)
+
+
+def by_axis(found: list[Speedup]) -> list[Summary]:
+    """One line for each suite, precision, memory format and pass that was measured, in that order of appearance."""
+    groups: dict[str, list[Speedup]] = {}
+    for s in found:
+        r = s.row
+        groups.setdefault(f"{r['suite']} {r['precision']} {r['memory_format']} {r['pass']}", []).append(s)
+    return [summarise(label, group) for label, group in groups.items()]
+
+
+def by_class(found: list[Speedup]) -> list[Summary]:
+    """One line for each class that has a case, and one for all."""
+    groups = {c: [s for s in found if c in s.row["classes"]] for c in CLASSES}
+    lines = [summarise(c, group) for c, group in groups.items() if group]
+    return [*lines, summarise("all", found)] if found else []
+
+
+def failures(rows: list[dict]) -> list[list[str]]:
+    """Case, provider, status and note of everything that was not timed."""
+    return [
+        [
+            " ".join(filter(None, (r["case"], r["pass"], r["precision"], r["memory_format"]))),
+            r["provider"],
+            r["status"],
+            r["note"] or "",
+        ]
+        for r in rows
+        if r["status"] in BAD
+    ]
+
+
+CASE_COLUMNS = ["case", "tconv ms", "spread", "TFLOP/s", "GB/s", "of roof", "host us", "best other", "ms", "speed-up"]
+
+
+def case_cells(s: Speedup) -> list[str]:
+    """One case's line in the table of all cases."""
+    r = s.row
+    own = [f"{r['ms']:.4f}", f"{r['ms_spread']:.4f}", f"{r['tflops']:.1f}", f"{r['gbps']:.0f}"]
+    own += [f"{100 * r['roof_share']:.0f}%", f"{r['host_us']:.0f}"]
+    return [s.name, *own, s.rival["provider"], f"{s.rival['ms']:.4f}", f"{s.ratio:.2f}x"]
+
+
+def describe_head(head: dict) -> str:
+    """The device and versions, and the roofs as they were measured."""
+    keys = ("device", "driver", "torch", "triton", "cudnn", "commit", "date")
+    text = ", ".join(f"{k} {head[k]}" if k != "device" else str(head[k]) for k in keys if head.get(k))
+    roofs = head.get("roofs")
+    if roofs:
+        rates = ", ".join(f"{p} {v:.0f}" for p, v in roofs["matmul_tflops"].items())
+        text += f"\nroofs measured in this run: copy {roofs['copy_gbps']:.0f} GB/s, matrix product {rates} TFLOP/s"
+    clocks = head.get("clocks") or {}
+    if clocks:
+        text += "\nclocks read: " + ", ".join(f"{k} {v}" for k, v in clocks.items())
+    return text
+
+
+def sections(result: dict, cases: bool = True) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The tables of a report: (title, columns, rows)."""
+    rows = result["rows"]
+    found = speedups(rows)
+    tables = []
+    if found and cases:
+        tables.append(("Cases: tconv and the best other provider", CASE_COLUMNS, [case_cells(s) for s in found]))
+    if found:
+        lines = [s.cells() for s in by_axis(found)]
+        tables.append(("Speed-up over the best other provider", SUMMARY_COLUMNS, lines))
+        tables.append(("By class, all passes and precisions", SUMMARY_COLUMNS, [s.cells() for s in by_class(found)]))
+    graphs = speedups(rows, "tconv-graph")
+    if graphs:
+        lines = [s.cells() for s in by_axis(graphs)]
+        tables.append(("Small layers, both sides under a CUDA graph", SUMMARY_COLUMNS, lines))
+    first = [
+        [f["name"], f["precision"], f["provider"], f"{f['ms'] / 1e3:.2f}"] for f in result.get("first_calls") or ()
+    ]
+    if first:
+        tables.append(("Cold first call, seconds", ["case", "precision", "provider", "s"], first))
+    checked = [r for r in rows if r["status"] == "checked"]
+    if checked and cases:
+        lines = [
+            [r["case"], r["pass"], r["precision"], r["memory_format"], r["provider"], f"{r['rms_err']:.1e}"]
+            for r in checked
+        ]
+        columns = ["case", "pass", "precision", "format", "provider", "rms error"]
+        tables.append(("Checked on shrunken sizes; nothing was measured", columns, lines))
+    for model in result.get("models") or ():
+        tables += model_sections(model)
+    bad = failures(rows)
+    if bad:
+        tables.append(("Not timed", ["case", "provider", "status", "why"], bad))
+    return tables
+
+
+def model_sections(model: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The tables of a whole model: its steps, and its layers in them."""
+    errors = model["check"]["rms_err"]
+    title = f"{model['spec']}, {model['precision']}, {model['memory_format']}"
+    if model["check"]["status"] != "ok":
+        why = f"rms error {errors['tconv']:.1e}, torch's is {errors['torch']:.1e}"
+        return [(f"{title}: WRONG, not timed", ["", "why"], [["outputs and gradients against fp64", why]])]
+    columns = ["step", "torch ms", "in transposed convolutions", "converted ms", "in them then", "speed-up"]
+    steps, layers = [], []
+    for row in model["rows"]:
+        ms, share = row["ms"], row["share"]
+        cells = [
+            f"{ms['torch']:.3f}",
+            f"{100 * share['torch']:.0f}%",
+            f"{ms['tconv']:.3f}",
+            f"{100 * share['tconv']:.0f}%",
+        ]
+        steps.append([row["mode"], *cells, f"{ms['torch'] / ms['tconv']:.2f}x"])
+        for name, before in row["layers"]["torch"].items():
+            after = row["layers"]["tconv"].get(name, math.nan)
+            ratio = f"{before / after:.2f}x" if after else ""
+            layers.append([name or "(the model itself)", row["mode"], f"{before:.3f}", f"{after:.3f}", ratio])
+    return [
+        (f"{title}: checked, rms error {errors['tconv']:.1e} (torch {errors['torch']:.1e})", columns, steps),
+        (f"{title}: layers", ["layer", "step", "torch ms", "converted ms", "speed-up"], layers),
+    ]
+
+
+def markdown(result: dict, cases: bool = True) -> str:
+    """The report for README and docs."""
+    text = [describe_head(result["head"]).replace("\n", "  \n"), ""]
+    for title, columns, rows in sections(result, cases):
+        text += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        text += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        text.append("")
+    return "\n".join(text)

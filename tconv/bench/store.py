@@ -1,0 +1,120 @@
+"""What a run is asked for, and what it has so far: the partial file from which a stopped run resumes, the result."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .task import COLUMNS
+from .terminal import Refused
+
+
+@dataclass
+class Settings:
+    """What a run does; the command line fills it in."""
+
+    suites: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    passes: list[str] = field(default_factory=list)
+    precisions: list[str] = field(default_factory=list)
+    formats: list[str] = field(default_factory=list)
+    providers: list[str] = field(default_factory=list)
+    match: str = ""
+    budget: float = 0.25  # seconds of timing a pass of a task
+    fewest: int = 5  # rounds, whatever the budget
+    most: int = 100
+    timeout: float = 300.0  # seconds a task
+    batch: int = 200  # tasks a worker process
+    compilers: int = 0  # processes that compile kernels beforehand
+    first_calls: int = 3  # cases whose cold first call is timed, in processes of their own
+    gpu: bool = False
+
+    def kept(self) -> dict:
+        """What is written beside the rows, and must agree when a run is resumed."""
+        names = ("passes", "providers", "budget", "fewest", "most", "gpu")
+        return {name: getattr(self, name) for name in names}
+
+
+class Store:
+    """The rows so far, in memory and in the partial file."""
+
+    def __init__(self, path: Path, settings: Settings, resume: bool):
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.head: dict | None = None
+        self.rows: list[dict] = []
+        self.done: set[str] = set()
+        self.first: list[dict] = []
+        self.clocks: dict = {}
+        lines: list[dict] = []
+        if self.partial.exists():
+            if not resume:
+                raise Refused(f"{self.partial} is what a stopped run left: --resume goes on with it, or remove it")
+            lines = self._load(settings)
+        elif resume and not path.exists():
+            raise Refused(f"there is nothing to resume: {self.partial} does not exist")
+        elif resume:
+            raise Refused(f"{path} is finished; there is nothing to resume")
+        try:
+            self.file = self.partial.open("w")
+        except OSError as error:
+            raise Refused(f"cannot write {self.partial}: {error.strerror}") from error
+        for line in [{"settings": settings.kept()}, *lines]:
+            self._write(line)
+
+    def _load(self, settings: Settings) -> list[dict]:
+        messages = []
+        for text in self.partial.read_text().splitlines():
+            try:
+                messages.append(json.loads(text))
+            except json.JSONDecodeError:
+                break  # the line at which the run was stopped
+        before = messages[0].get("settings") if messages else None
+        if before is not None and before != settings.kept():
+            changed = [f"{k} {v} (now {settings.kept()[k]})" for k, v in before.items() if v != settings.kept()[k]]
+            raise Refused(f"{self.partial} was begun with other options: {'; '.join(changed)}")
+        ended = {m["end"] for m in messages if "end" in m}
+        kept = [
+            m for m in messages if "head" in m or "end" in m or ("row" in m and task_id(m["row"]) in ended)
+        ]  # rows of a task that did not end are measured again
+        for message in kept:
+            self._take(message)
+        return kept
+
+    def _take(self, message: dict) -> None:
+        if "head" in message:
+            self.head = message["head"]
+        elif "row" in message:
+            self.rows.append(message["row"])
+        elif "end" in message:
+            self.done.add(message["end"])
+        elif "clocks" in message:
+            self.clocks = message["clocks"]
+
+    def _write(self, message: dict) -> None:
+        self.file.write(json.dumps(message) + "\n")
+        self.file.flush()
+
+    def take(self, message: dict) -> None:
+        self._take(message)
+        self._write(message)
+
+    def finish(self, settings: Settings) -> dict:
+        """Write the result as JSON and CSV, and remove the partial file."""
+        head = dict(self.head or {})
+        if self.clocks:
+            head["clocks_at_end"] = self.clocks
+        result = {"head": head, "settings": settings.kept(), "rows": self.rows, "first_calls": self.first}
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
+        with self.path.with_suffix(".csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row | {"classes": ", ".join(row["classes"] or ())} for row in self.rows)
+        self.file.close()
+        self.partial.unlink()
+        return result
+
+
+def task_id(row: dict) -> str:
+    return "|".join(row[k] for k in ("suite", "case", "precision", "memory_format"))
