@@ -43,7 +43,7 @@ def convert(model: nn.Module) -> Report:
 
     Modules change class and nothing else: parameters, buffers, parametrizations (weight and spectral norm),
     hooks, ties, training flag, device and dtype stay; state_dict and optimizers are unaffected.  A lazy module
-    converts when its first input gives it its size.  A subclass with a `forward` of its own is left, since that
+    converts when its first input gives it its size.  A subclass of torch's module is left, since its
     code is not ours to replace (`override` reaches the functional calls in it), and so are scripted and quantized
     modules; the report says so.  Converting twice changes nothing.
 

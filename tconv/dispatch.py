@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from math import prod
 
 import torch
 from torch.autograd import forward_ad
@@ -140,10 +141,10 @@ def _products(problem: Problem) -> int:
     """How many products one element of the pass's result sums, at most."""
     geometry = problem.geometry
     if problem.direction == "forward":
-        return problem.c_in // geometry.groups * _product(cdiv(a.kernel, a.stride // a.gcd) for a in geometry.axes)
+        return problem.c_in // geometry.groups * prod(cdiv(a.kernel, a.stride // a.gcd) for a in geometry.axes)
     if problem.direction == "backward_input":
         return problem.c_out // geometry.groups * geometry.taps
-    return problem.batch * _product(problem.input_size)
+    return problem.batch * prod(problem.input_size)
 
 
 def unsupported(target: Target) -> str | None:
@@ -159,6 +160,8 @@ def plan(problem: Problem, target: Target) -> Plan:
     if reason:
         return Plan("aten", reason)
     geometry, size = problem.geometry, problem.input_size
+    if not problem.c_out:
+        return Plan("aten", "there are no output channels")
     if max(*size, *geometry.output_size(size)) >= 2**31:
         return Plan("aten", "a spatial dimension has 2^31 elements or more")
     g = geometry.groups
@@ -172,7 +175,7 @@ def plan(problem: Problem, target: Target) -> Plan:
     how = "" if is_direct else precision(problem, target)
     element_size = problem.dtype.itemsize
     if problem.direction == "backward_weight":
-        rows = problem.batch * _product(size[:-1])
+        rows = problem.batch * prod(size[:-1])
         width = size[-1]
         if is_direct:
             columns = problem.c_in * c_out
@@ -188,20 +191,15 @@ def plan(problem: Problem, target: Target) -> Plan:
         return Plan("direct" if is_direct else "gemm", why, how, config, splits, per_split)
     forward = problem.direction == "forward"
     if forward:
-        quotient = [cdiv(o, s) for o, s in zip(geometry.output_size(size), geometry.stride)]
-        phases, c_src, c_dst, channels = geometry.phases, c_in, c_out, problem.c_out
+        output = geometry.output_size(size)
+        quotient = [cdiv(o, s) for o, s in zip(output, geometry.stride)]
+        phases = prod(min(o, s) for o, s in zip(output, geometry.stride))
+        c_src, c_dst, channels = c_in, c_out, problem.c_out
     else:
         quotient, phases, c_src, c_dst, channels = list(size), 1, c_out, c_in, problem.c_in
-    rows, width = problem.batch * _product(quotient[:-1]), quotient[-1]
+    rows, width = problem.batch * prod(quotient[:-1]), quotient[-1]
     if is_direct:
         config = configs.direct(rows, width, channels, problem.channels_last, target)
     else:
         config = configs.gather_gemm(rows, width, phases * g, c_src, c_dst, element_size, how, target)
     return Plan("direct" if is_direct else "gemm", why, how, config)
-
-
-def _product(values) -> int:
-    n = 1
-    for v in values:
-        n *= v
-    return n

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from . import functional, launch
 from .dispatch import PASSES, Plan, Problem, plan, refuse, target_of
-from .geometry import Geometry, as_int, as_tuple, check, make_geometry
+from .functional import as_int, as_tuple
+from .geometry import Geometry, check, make_geometry
 from .modules import COUNTERPARTS
 
 _WORDS = {
@@ -58,7 +59,10 @@ class Explanation:
         """For each axis, for each phase, its (tap, input offset) pairs."""
         if self.geometry is None:
             return ()
-        return tuple(tuple(tuple(a.taps(p)) for p in range(a.stride)) for a in self.geometry.axes)
+        output = self.geometry.output_size(self.input_shape[-self.geometry.ndim :])
+        return tuple(
+            tuple(tuple(a.taps(p)) for p in range(min(a.stride, o))) for a, o in zip(self.geometry.axes, output)
+        )
 
     def __str__(self) -> str:
         head = f"{self.module}: " if self.module else ""
@@ -94,8 +98,8 @@ def explain(first, *args, **kwargs) -> Explanation | ModelExplanation:
 
     `explain(input, weight, bias=None, stride=1, ...)` takes the arguments of conv_transpose1d, 2d or 3d (the
     weight's rank says which) and explains the call; nothing runs.
-    `explain(model, *inputs, **kwargs)` runs the model once without gradients on the example inputs and explains
-    every transposed convolution that ran, converted or not.
+    `explain(model, *inputs, **kwargs)` runs the model once, in the mode it is in and without gradients, on the example
+    inputs and explains every transposed convolution that ran, converted or not.
 
     Returns an object that prints as text and carries the data (`passes`, `phases`, `geometry`; `layers` for a model).
     """

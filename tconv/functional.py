@@ -6,7 +6,7 @@ import torch
 
 from . import ops
 from .dispatch import refuse
-from .geometry import as_int, as_tuple, check, check_cached
+from .geometry import check, check_cached
 
 # Called with (input, weight, bias, stride, ...) of every call; explain() listens here.
 observers: list = []
@@ -38,6 +38,36 @@ _DOC = """Transposed convolution over {axes}, as torch.nn.functional.conv_transp
         RuntimeError: sizes, dtypes or devices that do not fit together.
         TypeError: an argument that is not a tensor, or not made of ints, where one is wanted.
     """
+
+
+def as_int(value, name: str, ndim: int, wanted: str) -> int:
+    """An int, or whatever stands for one (NumPy's ints, a tensor of one int), but not a bool; else TypeError."""
+    if type(value) is int or isinstance(value, torch.SymInt):  # a symbol must not become a constant
+        return value  # type: ignore[return-value]
+    try:
+        if not isinstance(value, bool):
+            return value.__index__()
+    except (AttributeError, TypeError):
+        pass
+    raise TypeError(
+        f"conv_transpose{ndim}d(): argument '{name}' must be {wanted}, got {value!r} of type {type(value).__name__}"
+    )
+
+
+def as_tuple(value, name: str, ndim: int) -> tuple[int, ...]:
+    """An int or a sequence of ints as a tuple of `ndim` ints, as torch broadcasts them.
+
+    Raises TypeError for anything that is not made of ints and RuntimeError for a wrong length.
+    """
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    values = tuple(as_int(v, name, ndim, f"an int or a tuple of {ndim} ints") for v in values)
+    if len(values) == 1:
+        values = values * ndim
+    if len(values) != ndim:
+        raise RuntimeError(
+            f"conv_transpose{ndim}d(): expected {name} to be a single int or {ndim} ints, got {name}={list(values)}"
+        )
+    return values
 
 
 def autocast(device_type: str, *tensors):

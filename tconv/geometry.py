@@ -15,9 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
-
-import torch
+from math import gcd, prod
 
 
 @dataclass(frozen=True)
@@ -86,17 +84,7 @@ class Geometry:
 
     @property
     def taps(self) -> int:
-        n = 1
-        for k in self.kernel:
-            n *= k
-        return n
-
-    @property
-    def phases(self) -> int:
-        n = 1
-        for s in self.stride:
-            n *= s
-        return n
+        return prod(self.kernel)
 
     def output_size(self, input_size) -> tuple[int, ...]:
         """Spatial output size for a spatial input size (ints or symbolic ints)."""
@@ -125,42 +113,12 @@ def make_geometry(kernel, stride, padding, output_padding, groups, dilation) -> 
     return Geometry(kernel, stride, padding, output_padding, groups, dilation)
 
 
-def as_int(value, name: str, ndim: int, wanted: str) -> int:
-    """An int, or whatever stands for one (NumPy's ints, a tensor of one int), but not a bool; else TypeError."""
-    if type(value) is int or isinstance(value, torch.SymInt):  # a symbol must not become a constant
-        return value  # type: ignore[return-value]
-    try:
-        if not isinstance(value, bool):
-            return value.__index__()
-    except (AttributeError, TypeError):
-        pass
-    raise TypeError(
-        f"conv_transpose{ndim}d(): argument '{name}' must be {wanted}, got {value!r} of type {type(value).__name__}"
-    )
-
-
-def as_tuple(value, name: str, ndim: int) -> tuple[int, ...]:
-    """An int or a sequence of ints as a tuple of `ndim` ints, as torch broadcasts them.
-
-    Raises TypeError for anything that is not made of ints and RuntimeError for a wrong length.
-    """
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    values = tuple(as_int(v, name, ndim, f"an int or a tuple of {ndim} ints") for v in values)
-    if len(values) == 1:
-        values = values * ndim
-    if len(values) != ndim:
-        raise RuntimeError(
-            f"conv_transpose{ndim}d(): expected {name} to be a single int or {ndim} ints, got {name}={list(values)}"
-        )
-    return values
-
-
 def check(ndim, input_shape, weight_shape, bias_shape, stride, padding, output_padding, groups, dilation) -> None:
     """Raise RuntimeError (torch's type for these) when the arguments do not make a transposed convolution.
 
     Shapes are those of a batched input (N, in_channels, *spatial), a weight
     (in_channels, out_channels / groups, *kernel) and a bias (out_channels,) or None;
-    the hyper-parameters are tuples from `as_tuple`.  The size of the output is checked too.
+    the hyper-parameters are tuples of `ndim` ints.  The size of the output is checked too.
     """
 
     def fail(text):
@@ -189,8 +147,10 @@ def check(ndim, input_shape, weight_shape, bias_shape, stride, padding, output_p
                 f"output_padding={list(output_padding)}, stride={list(stride)}, dilation={list(dilation)}"
             )
     c_in, c_group = weight_shape[0], weight_shape[1]
-    if any(k < 1 for k in weight_shape[1:]) or c_in < 1:
-        fail(f"expected every dimension of weight to be at least 1, got weight of size {list(weight_shape)}")
+    if any(k < 1 for k in weight_shape[2:]) or c_in < 1:
+        fail(
+            f"expected weight to have input channels and a kernel of at least 1, got weight of size {list(weight_shape)}"
+        )
     if c_in % groups:
         fail(
             f"expected weight to be divisible by groups={groups} at dimension 0, got weight of size {list(weight_shape)}"

@@ -6,6 +6,7 @@ The kernels are imported at the first launch, so that tconv imports where Triton
 from __future__ import annotations
 
 import contextlib
+from math import prod
 
 import torch
 from torch._prims_common import suggest_memory_format
@@ -253,7 +254,7 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
     g = geometry.groups
     c_src, c_dst = source.shape[1] // g, destination.shape[1] // g
     size = sizes3(destination.shape[2:])
-    phases = geometry.phases if is_forward else 1
+    phases = prod(min(o, a.stride) for o, a in zip(size, geometry.axes3)) if is_forward else 1
     quotient = [cdiv(o, a.stride if is_forward else 1) for o, a in zip(size, geometry.axes3)]
     rows = source.shape[0] * quotient[0] * quotient[1]
     tiles = cdiv(rows, config.block_m // config.box_w) * cdiv(quotient[2], config.box_w) * phases

@@ -50,7 +50,6 @@ BAD = [
     Bad("bias_rank_0", always(bias=torch.tensor(1.0)), RuntimeError, "bias"),
     Bad("bias_rank_2", always(bias=torch.randn(2, 1)), RuntimeError, "bias"),
     Bad("no_input_channels", lambda n: dict(input=rank(n, (2, 0)), weight=rank(n, (0, 2))), RuntimeError, "weight"),
-    Bad("no_output_channels", lambda n: dict(weight=rank(n, (4, 0)), bias=None), RuntimeError, "weight"),
     Bad("empty_kernel", lambda n: dict(weight=torch.randn(4, 2, *one(n, 0, 2))), RuntimeError, "weight"),
     Bad("empty_axis", lambda n: dict(input=torch.randn(2, 4, *one(n, 0, 3))), RuntimeError, "input"),
     Bad("empty_axis_unbatched", lambda n: dict(input=torch.randn(4, *one(n, 0, 3))), RuntimeError, "input"),

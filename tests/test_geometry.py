@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from tconv.geometry import Axis, as_tuple
+from tconv.functional import as_tuple
+from tconv.geometry import Axis
 from tconv.workloads import SUITES, layers
 
 AXES = [

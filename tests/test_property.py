@@ -114,7 +114,7 @@ def configurations(draw):
 
 
 @settings(
-    max_examples=500 if GPU else 40,
+    max_examples=200 if GPU else 40,
     deadline=None,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],

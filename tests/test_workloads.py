@@ -3,6 +3,8 @@
 On a GPU alone.  The oracle is fp64; the yardstick is cuDNN at the same precision, in the same run.
 """
 
+import functools
+
 import pytest
 import torch
 from oracle import ATEN, errors, oracle, passes
@@ -21,6 +23,10 @@ ALL = [
     for suite in SUITES
     for i, layer in enumerate(sorted(layers(suite), key=lambda layer: -layer.elements))
 ]
+
+
+def rounded_oracle(i, ndim, tensors, options):
+    return oracle(ndim, *tensors, tf32=True, **options)[i]
 
 
 @pytest.mark.gpu
@@ -52,10 +58,7 @@ def test_layer(layer):
                 del poison  # its memory is what the output is allocated from next
                 actual = passes(TCONV[ndim], *tensors, **layer.options)
                 for i, (name, a, e, p) in enumerate(zip(PASSES, actual, exact, peer)):
-
-                    def rounded(i=i):
-                        return oracle(ndim, x, w, bias, grad, tf32=True, **layer.options)[i]
-
+                    rounded = functools.partial(rounded_oracle, i, ndim, (x, w, bias, grad), layer.options)
                     _, wrong = judge(a, e, p, precision, rounded)
                     if wrong:
                         failures.append(f"{name} {precision} {'channels_last' if channels_last else 'nchw'}: {wrong}")

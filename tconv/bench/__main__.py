@@ -139,7 +139,7 @@ def _run_model(args) -> int:
         print(model.describe_model(args.model))
         print("No CUDA device: nothing was measured.")
         return 0
-    result: dict = {"head": head(), "settings": {}, "rows": [], "models": []}
+    result: dict = {"head": head(True), "settings": {}, "rows": [], "models": []}
     for precision in args.precision or ("tf32",):
         for memory_format in args.formats or ("contiguous",):
             budget, most = (0.5, 20) if args.quick else (5.0, 100)

@@ -12,8 +12,10 @@ ATEN = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 RESULTS = ("forward", "backward_input", "backward_weight", "backward_bias")
 
 # TF32 results are also right when they are the exact products of operands rounded to nearest even, summed in fp32:
-# cuDNN computes some layers in IEEE fp32 although TF32 is allowed, and its error is no yardstick there.
-TF32_SUM = 4e-6
+# cuDNN computes some layers in IEEE fp32 although TF32 is allowed, and its error is no yardstick there.  The bound is
+# a third of TF32's own rounding error, for the tensor core's accumulation over long sums; operands truncated instead
+# of rounded would be 8e-4 away.
+TF32_SUM = 1e-4
 
 # Above these root mean square errors no result is right, whatever torch makes: ten times and more of what a correct
 # kernel with fp32 accumulation shows over the layers of the suites.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from .report import KEY, geomean
 
-# Two runs of one build on one machine differ by up to this much (clocks, placement), whatever a run's own spread is.
+# Medians of two runs differ by more than the spread within either (clocks, temperature, where memory lies), so a
+# difference below this share is never called a change.
 FLOOR = 0.03
 
 

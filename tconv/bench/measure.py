@@ -194,13 +194,12 @@ def clocks() -> dict:
     return dict(zip(fields, values)) if len(values) == len(fields) else {}
 
 
-def head() -> dict:
+def head(gpu: bool) -> dict:
     """Where and with what a run is made."""
     import triton
 
     import tconv
 
-    gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else "none (Triton's interpreter on the CPU)",
         "driver": _query("driver_version") if gpu else "",

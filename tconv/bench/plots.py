@@ -61,8 +61,8 @@ def roofline_chart(result: dict, path: Path) -> None:
         precision = group[0].row["precision"]
         rate = max(rates["fp32"], rates["tf32"] / 3) if precision == "fp32" else rates[precision]
         intensity = [s.row["flops"] / s.row["bytes"] for s in group]
-        low, high = min(intensity) / 2, max(max(intensity) * 2, 2000 * rate / roofs["copy_gbps"])
-        ridge = 1e3 * rate / roofs["copy_gbps"]
+        ridge = 1e3 * rate / roofs["copy_gbps"]  # operations a byte at which the two roofs meet
+        low, high = min(*intensity, ridge) / 2, 2 * max(*intensity, ridge)
         ax.plot([low, ridge, high], [low * roofs["copy_gbps"] / 1e3, rate, rate], color=COLOURS["roof"], linewidth=1)
         for label, pick in (("other", lambda s: s.rival), ("tconv", lambda s: s.row)):
             points = [pick(s)["tflops"] for s in group]

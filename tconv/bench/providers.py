@@ -137,6 +137,9 @@ def compiled(work: Work):
         return None  # the compiler sees whole functions, not single passes of a backward
     torch._dynamo.reset()
     module = copy.deepcopy(work.module)
+    if work.pass_name == "forward":
+        for x in work.inputs:  # or its CUDA graph would copy the input at each call
+            torch._dynamo.mark_static_address(x)
     return _module_call(work, torch.compile(module, mode="max-autotune", dynamic=False), list(module.parameters()))
 
 
@@ -239,4 +242,5 @@ def import_module(name: str):
     """A module by name, also from the current directory, as `python -m` finds it."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
+        importlib.invalidate_caches()
     return importlib.import_module(name)

@@ -148,6 +148,8 @@ def describe_head(head: dict) -> str:
     clocks = head.get("clocks") or {}
     if clocks:
         text += "\nclocks read: " + ", ".join(f"{k} {v}" for k, v in clocks.items())
+    if head.get("seconds"):
+        text += f"\nthe run took {head['seconds'].get('all', 0):.0f} s"
     return text
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +115,18 @@ class Worker:
 
 def run(settings: Settings, store: Store, progress: Any) -> None:
     """Do every task that is not done yet."""
+    begin = time.perf_counter()
     listed = tasks(settings)
     pending = [t for t in listed if t["id"] not in store.done]
     progress.start(len(listed), len(listed) - len(pending))
     if settings.gpu and settings.compilers > 1 and "tconv" in settings.providers:
-        compile_first(settings, pending, progress)
+        compile_first(settings, store, pending, progress)
     while pending:
         _batch(settings, store, progress, pending[: settings.batch])
         pending = [t for t in pending if t["id"] not in store.done]
     if settings.gpu and settings.first_calls and "tconv" in settings.providers:
         store.first = _first_calls(settings, listed, progress)
+    store.spend({"all": time.perf_counter() - begin})
 
 
 def _batch(settings: Settings, store: Store, progress: Any, batch: list[dict]) -> None:
@@ -137,7 +140,8 @@ def _batch(settings: Settings, store: Store, progress: Any, batch: list[dict]) -
     try:
         while True:
             try:
-                message = worker.next(settings.timeout)
+                # Before its first task a worker starts, and the first of a run measures the roofs.
+                message = worker.next(settings.timeout if current else max(settings.timeout, 300.0))
             except queue.Empty:
                 failed = "timeout"
                 break
@@ -154,6 +158,7 @@ def _batch(settings: Settings, store: Store, progress: Any, batch: list[dict]) -
                 shown.append(message["row"])
             if "end" in message:
                 current = None
+                progress.at("", len(store.done))
                 for text in lines(shown):
                     progress.line(text)
     finally:
@@ -191,11 +196,12 @@ def lines(rows: list[dict]) -> list[str]:
     return [f"{about} {pass_name}: {', '.join(texts)}" for pass_name, texts in found.items()]
 
 
-def compile_first(settings: Settings, pending: list[dict], progress: Any) -> None:
+def compile_first(settings: Settings, store: Store, pending: list[dict], progress: Any) -> None:
     """Fill Triton's cache on disk with several processes, since one alone would compile for minutes."""
     count = min(settings.compilers, len(pending) // 4)
     if count < 2:
         return
+    begin = time.perf_counter()
     progress.line(f"compiling kernels in {count} processes")
     requests = [{"mode": "compile", "gpu": True, "tasks": pending[i::count]} for i in range(count)]
     workers = [Worker(request) for request in requests]
@@ -207,6 +213,7 @@ def compile_first(settings: Settings, pending: list[dict], progress: Any) -> Non
     finally:
         for worker in workers:
             worker.stop()
+        store.spend({"compiling beforehand": time.perf_counter() - begin})
 
 
 def _first_calls(settings: Settings, listed: list[dict], progress: Any) -> list[dict]:

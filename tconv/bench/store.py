@@ -24,7 +24,7 @@ class Settings:
     match: str = ""
     budget: float = 0.25  # seconds of timing a pass of a task
     fewest: int = 5  # rounds, whatever the budget
-    most: int = 100
+    most: int = 60
     timeout: float = 300.0  # seconds a task
     batch: int = 200  # tasks a worker process
     compilers: int = 0  # processes that compile kernels beforehand
@@ -47,6 +47,7 @@ class Store:
         self.done: set[str] = set()
         self.first: list[dict] = []
         self.clocks: dict = {}
+        self.seconds: dict[str, float] = {}  # by what they went into
         lines: list[dict] = []
         if self.partial.exists():
             if not resume:
@@ -91,6 +92,12 @@ class Store:
             self.done.add(message["end"])
         elif "clocks" in message:
             self.clocks = message["clocks"]
+        elif "seconds" in message:
+            self.spend(message["seconds"])
+
+    def spend(self, seconds: dict[str, float]) -> None:
+        for name, value in seconds.items():
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + value, 1)
 
     def _write(self, message: dict) -> None:
         self.file.write(json.dumps(message) + "\n")
@@ -105,6 +112,7 @@ class Store:
         head = dict(self.head or {})
         if self.clocks:
             head["clocks_at_end"] = self.clocks
+        head["seconds"] = self.seconds
         result = {"head": head, "settings": settings.kept(), "rows": self.rows, "first_calls": self.first}
         self.path.write_text(json.dumps(result, indent=1) + "\n")
         with self.path.with_suffix(".csv").open("w", newline="") as f:

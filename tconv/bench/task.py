@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +18,19 @@ from torch import nn
 from . import cases, check, measure, problems, providers
 from .measure import Run
 from .providers import Provider, Work
+
+SPENT: defaultdict[str, float] = defaultdict(float)  # seconds of this process, by what they went into
+
+
+@contextmanager
+def spent(what: str) -> Iterator[None]:
+    """Count the time inside towards `what`."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        SPENT[what] += time.perf_counter() - begin
+
 
 PARTS = {"training": check.RESULTS}  # what a pass returns; the other passes return what they are named after
 
@@ -42,7 +59,8 @@ class Truth:
         if tf32:
             return self._compute(name, True)
         if name not in self.exact:
-            self.exact[name] = self._compute(name, False)
+            with spent("oracle"):
+                self.exact[name] = self._compute(name, False)
         return self.exact[name]
 
     def _compute(self, name: str, tf32: bool) -> torch.Tensor:
@@ -153,14 +171,17 @@ class Task:
             row = base | {"provider": name, "rival": provider.rival, "graph": provider.graph}
             run = Run(name, lambda: None, provider.benchmark, provider.own_thread, pass_name == "training")
             try:
-                function = measure.call(run, partial(provider.make, work))
+                with spent("making " + name):
+                    function = measure.call(run, partial(provider.make, work))
                 if function is None:
                     continue
                 run.function = function
                 if gpu and not case.problem:
                     self.poison(pass_name)
-                results = measure.call(run)
-                error, wrong = self.judge(provider, pass_name, results)
+                with spent("first call of " + name):
+                    results = measure.call(run)
+                with spent("judging"):
+                    error, wrong = self.judge(provider, pass_name, results)
                 row["max_err"], row["rms_err"] = (e if math.isfinite(e) else None for e in error)
                 del results
                 row["status"], row["note"] = ("wrong", wrong) if wrong else ("ok" if gpu else "checked", "")
@@ -171,7 +192,8 @@ class Task:
             rows[name] = row
         if gpu and runs:
             try:
-                self.time(runs, rows, flops, nbytes, roof)
+                with spent("timing"):
+                    self.time(runs, rows, flops, nbytes, roof)
             except Exception as error:
                 for run in runs:
                     rows[run.name]["status"], rows[run.name]["note"] = failure(error)

@@ -87,12 +87,16 @@ def gather_gemm(
     pid = tl.program_id(0)
     tile_n = pid % tiles_n
     pid = pid // tiles_n
-    phase_w = pid % phases_w
-    pid = pid // phases_w
-    phase_h = pid % phases_h
-    pid = pid // phases_h
-    phase_d = pid % phases_d
-    pid = pid // phases_d
+    # A stride beyond the output's size has phases without outputs.
+    used_d = tl.minimum(phases_d, d_dst)
+    used_h = tl.minimum(phases_h, h_dst)
+    used_w = tl.minimum(phases_w, w_dst)
+    phase_w = pid % used_w
+    pid = pid // used_w
+    phase_h = pid % used_h
+    pid = pid // used_h
+    phase_d = pid % used_d
+    pid = pid // used_d
     tile_w = pid % tiles_w
     pid = pid // tiles_w
     tile_r = pid % tiles_r

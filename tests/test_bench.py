@@ -1,0 +1,438 @@
+"""The benchmark's arithmetic, its command line and its processes; what it measures is for a GPU to say."""
+
+import itertools
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+
+from tconv.bench import __main__ as cli
+from tconv.bench import cases, check, compare, measure, providers, report
+from tconv.bench.store import Settings, Store
+from tconv.bench.task import COLUMNS, base_row
+from tconv.bench.terminal import Refused
+from tconv.workloads import layers
+
+LAYER = "convtranspose2d 4 6 k3 s2 p1 op1 g2 @ 2x4x3x5"
+
+
+# What is counted
+
+
+def brute_force(layer):
+    """Pairs of input and tap whose output exists, one by one."""
+    g = layer.geometry
+    count = 1
+    for axis, size, out in zip(g.axes, layer.input_shape[2:], layer.output_shape[2:]):
+        pairs = itertools.product(range(size), range(axis.kernel))
+        count *= sum(0 <= i * axis.stride - axis.padding + axis.dilation * k < out for i, k in pairs)
+    return 2 * layer.input_shape[0] * layer.in_channels * (layer.out_channels // g.groups) * count
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        LAYER,
+        "convtranspose1d 4 4 k5 @ 1x4x3",
+        "convtranspose1d 2 2 k3 s5 p1 d2 @ 1x2x4",  # phases without a tap
+        "convtranspose1d 2 3 k4 s2 p6 op1 @ 3x2x9",  # padding that swallows whole taps
+        "convtranspose1d 2 3 k2 s7 op5 @ 3x2x1",
+        "convtranspose3d 2 2 k3x1x2 s2x1x3 p1x0x0 @ 1x2x3x2x4",
+    ),
+)
+def test_flops_and_bytes(text):
+    layer = cases.parse_layer(text)
+    case = cases.Case("layer", layer.name, (layer,))
+    assert case.flops("forward") == case.flops("backward_weight") == brute_force(layer)
+    assert case.flops("training") == 3 * brute_force(layer)
+    tensors = [torch.empty(s).numel() for s in (layer.input_shape, layer.weight_shape, layer.output_shape)]
+    assert case.bytes("backward_input", 2) == 2 * sum(tensors)
+    assert case.bytes("training", 4) == 3 * 4 * sum(tensors)
+
+
+def test_flops_of_shipped_layers():
+    for layer in (*layers("kernelbench"), *layers("zoo")):
+        small = cases.shrink(layer)
+        assert cases._flops(small) == brute_force(small), layer
+        assert cases.classes(small)[0] == cases.classes(layer)[0]
+        assert small.geometry.kernel == layer.geometry.kernel and min(small.output_shape) >= 1
+
+
+def test_roofs():
+    roofs = {"copy_gbps": 4000.0, "matmul_tflops": {"tf32": 400.0, "fp32": 50.0, "fp16": 800.0, "bf16": 800.0}}
+    assert measure.roof_ms(8e12, 0, "bf16", roofs) == pytest.approx(10)
+    assert measure.roof_ms(0, 4e9, "tf32", roofs) == pytest.approx(1)
+    assert measure.roof_ms(4e12, 0, "fp32", roofs) == pytest.approx(30)  # three TF32 products
+
+
+# Cases
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    (
+        ("convtranspose2d 8 8 k4 s2 p1 @ 1x8x4x4", ("kernel = 2 x stride", "few output channels", "2-d")),
+        ("convtranspose2d 8 16 k2 s2 @ 1x8x4x4", ("kernel = stride", "2-d")),
+        ("convtranspose2d 8 16 k1 @ 1x8x4x4", ("stride 1", "2-d")),
+        ("convtranspose1d 8 16 k3 s2 @ 1x8x4", ("other strided", "1-d")),
+        ("convtranspose1d 16 16 k4 s2 g16 @ 1x16x4", ("kernel = 2 x stride", "depthwise", "1-d")),
+        ("convtranspose1d 16 32 k4 s2 g4 @ 1x16x4", ("kernel = 2 x stride", "grouped", "1-d")),
+        ("convtranspose3d 8 16 k1x2x2 s1x2x2 @ 1x8x2x4x4", ("kernel = stride", "3-d")),
+        ("convtranspose2d 8 16 k8x1 s4x1 @ 1x8x2x4", ("kernel = 2 x stride", "2-d")),
+        ("convtranspose2d 8 16 k4 s2 d2 @ 1x8x2x4", ("other strided", "2-d")),
+        ("convtranspose2d 8 16 k3x4 s1x2 @ 1x8x2x4", ("other strided", "2-d")),
+    ),
+)
+def test_classes(text, expected):
+    assert cases.classes(cases.parse_layer(text)) == expected
+
+
+def test_core_spans_the_classes():
+    core = cases.suite("core")
+    assert 35 <= len(core) <= 45
+    assert {c for case in core for c in cases.classes(case.layer)} == set(cases.CLASSES)
+
+
+def test_descriptions_are_read_back():
+    for layer in (*layers("kernelbench"), *layers("zoo")):
+        read = cases.parse_layer(cases.describe(layer))
+        assert (read.geometry, read.input_shape, read.in_channels, read.out_channels, read.bias) == (
+            layer.geometry,
+            layer.input_shape,
+            layer.in_channels,
+            layer.out_channels,
+            layer.bias,
+        )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    (
+        ("", "starts with none of"),
+        ("conv2d 4 4 k3 @ 1x4x4x4", "starts with none of convtranspose1d, convtranspose2d, convtranspose3d"),
+        ("convtranspose2d 4 4 k3", "size after @ is missing"),
+        ("convtranspose2d 4 4 k3 @ big", "expected an input size such as 16x16x16x16 after @, got 'big'"),
+        ("convtranspose2d 4 4 k3 @ 1x4x4", "expected 4 input sizes"),
+        ("convtranspose2d 4 k3 @ 1x4x4x4", "numbers of input and output channels"),
+        ("convtranspose2d 4 4 @ 1x4x4x4", r"the kernel \(k\) is missing"),
+        ("convtranspose2d 4 4 k3 q2 @ 1x4x4x4", "'q2' is none of k, s, p, op, d, g"),
+        ("convtranspose2d 4 4 k3 s2 s2 @ 1x4x4x4", "s is given twice"),
+        ("convtranspose2d 4 4 k3x3x3 @ 1x4x4x4", "'k3x3x3' has 3 numbers, expected 1 or 2"),
+        ("convtranspose2d 4 4 k3 @ 1x8x4x4", "the input has 8 channels, the layer takes 4"),
+        ("convtranspose2d 4 4 k3 g3 @ 1x4x4x4", "groups 3 does not divide 4 output channels"),
+        ("convtranspose2d 4 6 k3 g3 @ 1x4x4x4", "divisible by groups=3"),
+        ("convtranspose2d 4 4 k3 s2 op2 @ 1x4x4x4", "output_padding to be smaller"),
+        ("convtranspose2d 4 4 k3 p9 @ 1x4x4x4", "padding is too large"),
+        ("convtranspose2d 4 4 k2 p1 @ 1x4x1x1", "output has size 1x4x0x0"),
+    ),
+)
+def test_bad_descriptions(text, message):
+    with pytest.raises(ValueError, match=f"bad layer description.*{message}.*an example is"):
+        cases.parse_layer(text)
+
+
+def test_every_problem_is_written():
+    """All of KernelBench's problems with trailing operations build, and run on meta tensors."""
+    from tconv.bench import problems
+
+    found = cases.suite("kernelbench-problems")
+    assert len(found) == 31
+    for case in found:
+        with torch.device("meta"):
+            module = problems.build(case)
+            output = module(*(torch.empty(s) for s in problems.input_shapes(case)))
+        assert output.shape[0] == case.layer.input_shape[0]
+
+
+# Right and wrong
+
+
+def test_judge():
+    exact = torch.randn(1000, dtype=torch.float64)
+    good = exact.float()
+    peer = check.errors(good, exact)
+    assert check.judge(good, exact, peer, "fp32")[1] == ""
+    assert "allowed" in check.judge(good + 1e-5, exact, peer, "fp32")[1]
+    assert check.judge(good + 1e-5, exact, None, "fp32")[1] == ""  # torch's own is bounded by CEILING alone
+    assert "rms error" in check.judge(good * 1.1, exact, None, "fp32")[1]
+    assert "NaN" in check.judge(torch.full_like(good, math.nan), exact, peer, "fp32")[1]
+    assert "shape" in check.judge(good[1:], exact, peer, "fp32")[1]
+    # A peer in full fp32 is no yardstick for TF32: the exact products of rounded operands are right too.
+    rounded = check.round_tf32(good)
+    assert "allowed" in check.judge(rounded, exact, peer, "tf32")[1]
+    assert check.judge(rounded, exact, peer, "tf32", lambda: rounded.double())[1] == ""
+
+
+# Summaries
+
+
+def row(case="a", provider="tconv", ms=1.0, **more):
+    made = dict.fromkeys(COLUMNS)
+    made.update(suite="s", case=case, precision="tf32", memory_format="contiguous", provider=provider, ms=ms)
+    made.update(ms_spread=0.01 * ms if ms else None, rival=provider != "tconv", graph=False, status="ok", note="")
+    made.update(tflops=1.0, gbps=1.0, roof_share=0.5, host_us=1.0, classes=["2-d", "stride 1"], flops=8, bytes=4)
+    made["pass"] = "forward"
+    return made | more
+
+
+def test_speedups_and_summary():
+    rows = [row("a", ms=1.0), row("a", "cudnn", 2.0), row("a", "cudnn-default", 3.0)]
+    rows += [row("b", ms=2.0), row("b", "cudnn", 1.0), row("b", "cudnn-nhwc", 0.1, rival=False)]
+    rows += [row("c", ms=1.0), row("c", "cudnn", 8.0), row("c", "mine", 4.0, status="wrong")]
+    rows += [row("d", ms=None, status="wrong", note="NaN"), row("d", "cudnn", 1.0)]
+    rows += [row("a", "tconv-graph", 0.5, rival=False, graph=True), row("a", "cudnn-graph", 0.25, graph=True)]
+    found = report.speedups(rows)
+    assert [s.ratio for s in found] == [2.0, 0.5, 8.0]
+    summary = report.summarise("all", found)
+    assert summary.count == 3 and summary.losses == 1
+    assert summary.geomean == pytest.approx(2.0)
+    assert summary.worst.row["case"] == "b" and summary.worst.rival["provider"] == "cudnn"
+    assert [s.ratio for s in report.speedups(rows, "tconv-graph")] == [0.5]
+    assert [line.label for line in report.by_class(found)] == ["stride 1", "2-d", "all"]
+    assert report.failures(rows) == [
+        ["c forward tf32 contiguous", "mine", "wrong", ""],
+        ["d forward tf32 contiguous", "tconv", "wrong", "NaN"],
+    ]
+    text = report.markdown({"head": {"device": "none"}, "rows": rows})
+    assert "| b forward tf32 | 2.0000 |" in text and "0.50x b forward tf32 (to cudnn)" in text
+    assert math.isnan(report.geomean([]))
+
+
+def test_charts(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tconv.bench import plots
+
+    roofs = {"copy_gbps": 4000.0, "matmul_tflops": {"tf32": 400.0, "fp32": 50.0, "fp16": 800.0, "bf16": 800.0}}
+    rows = [row("a"), row("a", "cudnn", 2.0), row("b", precision="fp32"), row("b", "cudnn", 0.5, precision="fp32")]
+    drawn = plots.draw({"head": {"device": "none", "roofs": roofs}, "rows": rows}, str(tmp_path))
+    assert [p.name for p in drawn] == ["speedup.svg", "roofline.svg"]
+    assert all("</svg>" in p.read_text() for p in drawn)
+    with pytest.raises(Refused, match="nothing to draw"):
+        plots.draw({"head": {}, "rows": []}, str(tmp_path))
+
+
+def test_compare_calls_only_what_is_beyond_the_noise():
+    def moved(before, after):
+        (change,) = compare.changes({"rows": [before], "head": {}}, {"rows": [after], "head": {}})
+        return change.moved
+
+    assert not moved(row(ms=1.0), row(ms=1.025))  # below the floor
+    assert moved(row(ms=1.0), row(ms=1.04)) and moved(row(ms=1.0), row(ms=0.95))
+    assert not moved(row(ms=1.0, ms_spread=0.1), row(ms=1.15, ms_spread=0.1))  # within the spreads
+    assert moved(row(ms=1.0, ms_spread=0.1), row(ms=1.25, ms_spread=0.1))
+    old = {"rows": [row("a"), row("b"), row("a", "cudnn", 2.0)], "head": {"device": "A"}}
+    new = {"rows": [row("a"), row("b", status="wrong", note="NaN"), row("a", "cudnn", 2.2)], "head": {"device": "B"}}
+    assert compare.statuses(old, new) == [["b forward tf32 contiguous", "tconv", "ok -> wrong", "NaN"]]
+    assert len(compare.changes(old, new)) == 2
+    notes = compare.remarks(old, new)
+    assert notes[0] == "device differs: A and B" and "0.909x" in notes[1]
+
+
+# The command line
+
+
+def out_of(capsys, *argv):
+    code = cli.main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.fixture
+def no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_has_gpu", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_list(capsys):
+    code, text = out_of(capsys, "list", "--suite", "zoo", "--match", "DCGAN", "--plain")
+    assert code == 0 and "DCGAN/g4" in text and "few output channels" in text and "5 cases" in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    (
+        (["--suite", "zo"], "unknown suite 'zo', expected one of core, kernelbench, kernelbench-problems, zoo"),
+        (["--provider", "cudn"], "unknown provider 'cudn', expected one of tconv, cudnn,"),
+        (["--provider", "nowhere:f"], "provider 'nowhere:f' cannot be imported: ModuleNotFoundError"),
+        (["--layer", "convtranspose2d"], "bad layer description"),
+        (["--match", "("], "is not a regular expression"),
+        (["--match", "no such case"], "no case is left"),
+        (["--resume"], "there is nothing to resume"),
+        (["--output", "nowhere/x.json"], "cannot write nowhere/x.json.partial"),
+        (["--model", "model"], "expected --model package.module:factory, got 'model'"),
+        (["--model", "no_such_module:f"], "cannot import no_such_module"),
+        (["--model", "broken:f"], "importing broken raised ZeroDivisionError: division by zero"),
+        (["--model", "models:nothing"], "models has no nothing"),
+        (["--model", "models:raises"], "raises() raised RuntimeError: no weights"),
+        (["--model", "models:alone"], "expected alone() to return (model, example inputs), got Linear"),
+        (["report", "missing.json"], "cannot read missing.json"),
+        (["report", "models.py"], "models.py is not a result of tconv.bench"),
+    ),
+)
+def test_errors_are_clear(argv, message, capsys, no_gpu):
+    (no_gpu / "broken.py").write_text("1 / 0")
+    (no_gpu / "models.py").write_text(
+        "import torch\ndef raises():\n    raise RuntimeError('no weights')\ndef alone():\n    return torch.nn.Linear(1, 1)\n"
+    )
+    sys.modules.pop("models", None)
+    code, text = out_of(capsys, *argv)
+    assert code == 2 and message in text.replace("\n", " ")
+
+
+def test_without_a_gpu_it_checks_and_says_so(capsys, no_gpu):
+    argv = ["--layer", LAYER, "--pass", "forward", "backward_weight", "--precision", "fp32", "--format", "contiguous"]
+    code, text = out_of(capsys, *argv, "--output", "r.json", "--plain")
+    assert code == 0 and "nothing was measured" in text
+    result = json.loads((no_gpu / "r.json").read_text())
+    assert [(r["pass"], r["status"], r["ms"]) for r in result["rows"]] == [
+        ("forward", "checked", None),
+        ("backward_weight", "checked", None),
+    ]
+    assert set(result["rows"][0]) == set(COLUMNS)
+    assert {"device", "driver", "torch", "triton", "cudnn", "commit", "date", "clocks"} <= set(result["head"])
+    assert (
+        (no_gpu / "r.csv").read_text().startswith("suite,case,pass,dtype,precision,memory_format,provider,ms,ms_spread")
+    )
+    assert not (no_gpu / "r.json.partial").exists()
+
+
+def test_model_without_a_gpu(capsys, no_gpu):
+    (no_gpu / "upsampler.py").write_text(
+        "import torch\ndef make():\n"
+        "    return torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 2, 2, stride=2)), torch.randn(1, 3, 4, 4)\n"
+    )
+    code, text = out_of(capsys, "--model", "upsampler:make")
+    assert code == 0 and "0: conv_transpose2d 3 to 2 k2 s2, input 1x3x4x4" in text and "nothing was measured" in text
+
+
+# Processes
+
+FAKE = """
+import os, time, torch
+def fake(work):
+    if work.layer.in_channels == 3:
+        os.abort()
+    if work.layer.in_channels == 5:
+        time.sleep(100)
+    if work.layer.in_channels == 2:
+        raise RuntimeError("not today")
+    scale = 2 if work.layer.in_channels == 1 else 1
+    return lambda: scale * torch.conv_transpose1d(work.input, work.weight, work.bias, **work.layer.options)
+"""
+
+
+def test_a_crash_costs_its_case_alone(capsys, no_gpu):
+    (no_gpu / "fake_provider.py").write_text(FAKE)
+    argv = [a for c in (4, 3, 5, 2, 1) for a in ("--layer", f"convtranspose1d {c} 4 k2 @ 1x{c}x3")]
+    argv += ["--provider", "fake_provider:fake", "--pass", "forward", "--precision", "fp32", "--timeout", "5"]
+    code, text = out_of(capsys, *argv, "--output", "r.json", "--plain")
+    rows = {r["case"].split()[1]: r for r in json.loads((no_gpu / "r.json").read_text())["rows"]}
+    assert {c: r["status"] for c, r in rows.items()} == {
+        "4": "checked",
+        "3": "crashed",
+        "5": "timeout",
+        "2": "error",
+        "1": "wrong",
+    }
+    assert rows["3"]["note"].startswith("signal 6") and rows["5"]["note"] == "no result after 5 s"
+    assert rows["2"]["note"] == "RuntimeError: not today" and rows["1"]["note"].startswith("forward: rms error")
+    assert rows["1"]["ms"] is None
+    assert code == 1 and "CRASHED" not in text and "crashed" in text and "WRONG" in text
+
+
+def test_resume(capsys, no_gpu):
+    (no_gpu / "fake_provider.py").write_text(FAKE)
+    names = [f"convtranspose1d 4 4 k{k} @ 1x4x3" for k in (2, 3, 4)]
+    argv = [a for n in names for a in ("--layer", n)]
+    argv += [
+        "--provider",
+        "fake_provider:fake",
+        "--pass",
+        "forward",
+        "--precision",
+        "fp32",
+        "--output",
+        "r.json",
+        "--plain",
+    ]
+    settings = cli.settings_of(cli.parser().parse_args(["run", *argv]))
+    store = Store(no_gpu / "r.json", settings, False)
+    ids = [f"layer|{n}|fp32|contiguous" for n in names]
+    told = base_row(
+        {"suite": "layer", "name": names[0], "precision": "fp32", "memory_format": "contiguous"},
+        cases.find("layer", names[0]),
+    )
+    store.take({"head": measure.head(False)})
+    store.take({"row": told | {"status": "checked", "rms_err": 123.0}})
+    store.take({"end": ids[0]})
+    store.take({"row": told | {"case": names[1], "status": "checked", "rms_err": 456.0}})  # and then it was stopped
+    store.file.write('{"row": {"su')
+    store.file.close()
+
+    code, text = out_of(capsys, *argv)
+    assert code == 2 and "r.json.partial is what a stopped run left: --resume" in text
+    code, text = out_of(capsys, *argv, "--quick", "--resume")
+    assert code == 2 and "was begun with other options: budget 0.25 (now 0.05)" in text
+    code, text = out_of(capsys, *argv, "--resume")
+    assert code == 0, text
+    rows = json.loads((no_gpu / "r.json").read_text())["rows"]
+    assert [r["case"] for r in rows] == names
+    assert rows[0]["rms_err"] == 123.0 and all(r["rms_err"] < 1e-6 for r in rows[1:])
+    with pytest.raises(Refused, match="is finished"):
+        Store(no_gpu / "r.json", settings, True)
+
+
+def test_missing_extra(monkeypatch, capsys, no_gpu):
+    for name in ("rich", "rich.console", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, text = out_of(capsys, "list")
+    assert code == 2 and "rich, which is not installed: pip install 'tconv[bench]', or --plain" in text
+    (no_gpu / "r.json").write_text(json.dumps({"head": {"device": "x"}, "rows": [row(), row(provider="cudnn")]}))
+    code, text = out_of(capsys, "report", "r.json", "--plain", "--plots", "p")
+    assert code == 2 and "matplotlib, which is not installed: pip install 'tconv[bench]'" in text
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", (LAYER, "convtranspose1d 32 16 k4 s2 p1 nobias @ 2x32x100"))
+def test_every_provider_measures(text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed = out_of(capsys, "--layer", text, "--quick", "--output", "r.json", "--plain")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert code == 0, printed
+    assert {r["status"] for r in rows} == {"ok"}, printed
+    expected = set(providers.PROVIDERS) - ({"cudnn-nhwc", "cudnn-nhwc-convert"} if "1d" in text else set())
+    assert {r["provider"] for r in rows} == expected
+    assert all(r["ms"] > 0 and r["ms_spread"] >= 0 and r["roof_ms"] > 0 and r["cold_l2"] for r in rows)
+
+
+@pytest.mark.gpu
+def test_model_on_a_gpu(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpu_model.py").write_text(
+        "import torch\nfrom torch import nn\ndef make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ConvTranspose2d(32, 16, 4, stride=2)), torch.randn(4, 3, 64, 64)\n"
+    )
+    code, printed = out_of(capsys, "--model", "gpu_model:make", "--quick", "--output", "r.json", "--plain")
+    (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
+    assert code == 0 and model["check"]["status"] == "ok", printed
+    assert [r["mode"] for r in model["rows"]] == ["inference", "training"]
+    assert all(0 < share < 1 for r in model["rows"] for share in r["share"].values())
+
+
+def test_settings_are_the_command_lines(monkeypatch):
+    monkeypatch.setattr(cli, "_has_gpu", lambda: True)
+    core = cli.settings_of(cli.parser().parse_args(["run"]))
+    assert core.suites == ["core"] and "compile" not in core.providers
+    assert (core.passes, core.precisions, core.formats) == tuple(map(list, cli.SUITE_AXES))
+    one = cli.settings_of(cli.parser().parse_args(["run", "--layer", LAYER]))
+    assert one.suites == [] and "compile" in one.providers and "training" in one.passes
+    quick = cli.settings_of(cli.parser().parse_args(["run", "--quick", "--budget", "1"]))
+    assert quick.budget == 1 and quick.most < Settings().most
+    assert core.compilers <= max(1, (os.cpu_count() or 1) // 2)
