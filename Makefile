@@ -33,7 +33,7 @@ test: $(VENV)/.installed $(TRITON_DIRS:%=%/.installed)
 # On a machine with a GPU and torch already installed: the same tests on the real kernels, and every layer of the
 # suites at full size; the summary is kept under benchmarks/results/.
 gpu-test:
-	$(PYTHON) -m pytest -n 8 --dist loadgroup --summary benchmarks/results/gpu-test.json $(TESTS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --summary benchmarks/results/gpu-test.json $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

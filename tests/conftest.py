@@ -37,7 +37,7 @@ def environment():
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": os.environ.get("TCONV_COMMIT") or _output("git", "describe", "--always", "--dirty"),
     }
 
 
