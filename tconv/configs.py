@@ -115,10 +115,11 @@ def direct(rows: int, width: int, channels: int, channels_last: bool, target: Ta
 def splits(tiles: int, programs: int, elements: int, block: int, target: Target) -> tuple[int, int]:
     """(splits, pixel tiles a split) for a reduction over `tiles` pixel tiles of `block` pixels.
 
-    Enough programs for four waves of the GPU; and no fp32 accumulator runs over more than 32768 pixels
-    where the workspace allows, since a tensor core's accumulation truncates and the error grows with the run.
+    Enough programs for four waves of the GPU; and no fp32 accumulator runs over more than 8192 pixels where
+    the workspace allows, since a tensor core truncates as it accumulates: after 32768 pixels that had become half of
+    TF32's own rounding error (DBNet's last layer).
     """
-    want = max(cdiv(4 * target.processors, programs), cdiv(tiles * block, 32768))
+    want = max(cdiv(4 * target.processors, programs), cdiv(tiles * block, 8192))
     tiles = max(tiles, 1)  # explain() asks also about an empty batch
     count = max(1, min(want, tiles, WORKSPACE_ELEMENTS // elements))
     per_split = cdiv(tiles, count)

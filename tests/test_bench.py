@@ -400,16 +400,28 @@ def test_missing_extra(monkeypatch, capsys, no_gpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("text", (LAYER, "convtranspose1d 32 16 k4 s2 p1 nobias @ 2x32x100"))
-def test_every_provider_measures(text, capsys, tmp_path, monkeypatch):
+def test_every_provider_measures(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, printed = out_of(capsys, "--layer", text, "--quick", "--output", "r.json", "--plain")
+    argv = ["--layer", LAYER, "--layer", "convtranspose1d 32 16 k4 s2 p1 nobias @ 2x32x100", "--provider"]
+    code, printed = out_of(capsys, *argv, *providers.DEFAULT, "--quick", "--output", "r.json", "--plain")
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert code == 0, printed
     assert {r["status"] for r in rows} == {"ok"}, printed
-    expected = set(providers.PROVIDERS) - ({"cudnn-nhwc", "cudnn-nhwc-convert"} if "1d" in text else set())
-    assert {r["provider"] for r in rows} == expected
+    assert {r["provider"] for r in rows} == set(providers.DEFAULT)
+    assert {r["provider"] for r in rows if r["case"] != LAYER} == set(providers.DEFAULT) - {
+        "cudnn-nhwc",
+        "cudnn-nhwc-convert",
+    }
     assert all(r["ms"] > 0 and r["ms_spread"] >= 0 and r["roof_ms"] > 0 and r["cold_l2"] for r in rows)
+
+
+@pytest.mark.gpu
+def test_compiled_by_inductor(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--layer", LAYER, "--provider", "tconv", "compile", "--pass", "forward", "training", "--precision", "fp32"]
+    code, printed = out_of(capsys, *argv, "--format", "contiguous", "--quick", "--output", "r.json", "--plain")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert code == 0 and {(r["provider"], r["status"]) for r in rows} == {("tconv", "ok"), ("compile", "ok")}, printed
 
 
 @pytest.mark.gpu

@@ -39,7 +39,9 @@ def samples(ndim, device, dtype):
         if device == "cpu" and visits > INTERPRETER_VISITS:
             continue
         count += 1
-        for each in (sample, sample.noncontiguous()):
+        # The interpreter takes its time: there float64 alone sees both.
+        both = dtype is torch.float64 or device != "cpu"
+        for each in (sample, sample.noncontiguous()) if both else (sample,):
             yield each.input, *each.args, each.kwargs
     assert count >= LEAST_SAMPLES
 

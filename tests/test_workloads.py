@@ -16,10 +16,13 @@ from tconv.workloads import SUITES, layers
 TCONV = {1: tconv.conv_transpose1d, 2: tconv.conv_transpose2d, 3: tconv.conv_transpose3d}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 PASSES = ("forward", "backward_input", "backward_weight", "backward_bias")
-BIG = 10**8  # elements; such layers run two at a time, for the GPU's memory
+BIG = 10**8  # elements; such layers run two at a time on a GPU, for its memory
+LANES = 2 * max(torch.cuda.device_count(), 1)
 
 ALL = [
-    pytest.param(layer, id=layer.name, marks=[pytest.mark.xdist_group(f"big{i % 2}")] if layer.elements > BIG else [])
+    pytest.param(
+        layer, id=layer.name, marks=[pytest.mark.xdist_group(f"big{i % LANES}")] if layer.elements > BIG else []
+    )
     for suite in SUITES
     for i, layer in enumerate(sorted(layers(suite), key=lambda layer: -layer.elements))
 ]

@@ -119,7 +119,11 @@ def command_run(args) -> int:
     try:
         with progress:
             run(settings, store, progress)
+    except Refused:
+        store.stop()
+        raise
     except KeyboardInterrupt:
+        store.stop()
         print(f"\nstopped after {len(store.done)} of {len(tasks(settings))}; the same command with --resume goes on")
         return 130
     result = store.finish(settings)

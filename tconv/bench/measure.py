@@ -220,7 +220,7 @@ def _commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("TCONV_COMMIT", "")
 
 
 def poison(shape, dtype: torch.dtype, memory_format: torch.memory_format) -> None:

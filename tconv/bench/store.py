@@ -107,6 +107,12 @@ class Store:
         self._take(message)
         self._write(message)
 
+    def stop(self) -> None:
+        """Leave the partial file for --resume, unless no task ended."""
+        self.file.close()
+        if not self.done:
+            self.partial.unlink()
+
     def finish(self, settings: Settings) -> dict:
         """Write the result as JSON and CSV, and remove the partial file."""
         head = dict(self.head or {})

@@ -70,6 +70,7 @@ def main() -> None:
             if request["gpu"]:
                 with spent("roofs"):
                     head["roofs"] = measure.roofs()
+                head["clocks"] = measure.clocks()  # under load, or nearly
             say(head=head)
             request["head"] = head
         for name in request["same"]:
