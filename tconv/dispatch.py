@@ -32,10 +32,11 @@ DIRECT_CHANNELS = 4
 # TF32 wants this many channels a group on both sides; cuDNN computes narrower groups in IEEE fp32, and
 # there tf32x3 costs nothing, since such layers are bound by memory (L1/72 and L1/75 of KernelBench).
 TF32_GROUP_CHANNELS = 32
-# Sums of fewer products take IEEE multiply-adds whatever the flags: three TF32 products have an error of their own
-# (1.5e-7 in root mean square) below which a short fp32 chain stays (4e-8 at 8 products) and above which it is from
-# about 64 on; under TF32 cuDNN, too, computes many such layers in fp32, and they wait for memory, not arithmetic.
-IEEE_PRODUCTS = 64
+# Sums of fewer products take IEEE multiply-adds instead of tf32x3: three TF32 products have an error of their own
+# (1.5e-7 in root mean square) below which a short fp32 chain stays (4e-8 at 8 products).  At 48 products (L1/75) the
+# chain's largest error was the larger one, at 36 it was not.  Where TF32 is allowed, cuDNN computes such sums in fp32
+# too, unless both sides have many channels (L1/81: 32 products, 32 to 64 channels, TF32).
+IEEE_PRODUCTS = 40
 # Longer sums take tf32x3 where TF32 is allowed: the tensor core truncates as it accumulates, and after 86,000 products
 # (FCN-32s, k64) that bias had grown to the size of TF32's own rounding.  tf32x3 adds in fp32 once a tile of K;
 # backward_weight splits its sums (configs.splits).
@@ -129,12 +130,15 @@ def precision(problem: Problem, target: Target) -> str:
     if problem.dtype is torch.float64:
         return "ieee"
     products, g = _products(problem), problem.geometry.groups
-    if products < IEEE_PRODUCTS:
-        return "ieee"
-    wide = g == 1 or min(problem.c_in, problem.c_out) // g >= TF32_GROUP_CHANNELS
-    if problem.tf32 and wide and (products <= TF32_PRODUCTS or problem.direction == "backward_weight"):
+    short = products < IEEE_PRODUCTS
+    wide = min(problem.c_in, problem.c_out) // g >= TF32_GROUP_CHANNELS
+    if problem.direction == "backward_weight":
+        allowed = not short and (wide or g == 1)
+    else:
+        allowed = products <= TF32_PRODUCTS and (wide or g == 1 and not short)
+    if problem.tf32 and allowed:
         return "tf32"
-    return "ieee" if target.backend == "hip" else "tf32x3"
+    return "ieee" if short or target.backend == "hip" else "tf32x3"
 
 
 def _products(problem: Problem) -> int:

@@ -16,8 +16,8 @@ from tconv.workloads import SUITES, layers
 TCONV = {1: tconv.conv_transpose1d, 2: tconv.conv_transpose2d, 3: tconv.conv_transpose3d}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 PASSES = ("forward", "backward_input", "backward_weight", "backward_bias")
-BIG = 10**8  # elements; such layers run two at a time on a GPU, for its memory
-LANES = 2 * max(torch.cuda.device_count(), 1)
+BIG = 5 * 10**7  # elements; such layers run two at a time, for the GPU's memory
+LANES = 2
 
 ALL = [
     pytest.param(
@@ -67,4 +67,5 @@ def test_layer(layer):
                         failures.append(f"{name} {precision} {'channels_last' if channels_last else 'nchw'}: {wrong}")
                 del actual
         del exact
+    torch.cuda.empty_cache()  # the other workers need it
     assert not failures, f"{layer}\n" + "\n".join(failures)
