@@ -135,7 +135,7 @@ def precision(problem: Problem, target: Target) -> str:
     if problem.direction == "backward_weight":
         allowed = not short and (wide or g == 1)
     else:
-        allowed = products <= TF32_PRODUCTS and (wide or g == 1 and not short)
+        allowed = products <= TF32_PRODUCTS and (wide or (g == 1 and not short))
     if problem.tf32 and allowed:
         return "tf32"
     return "ieee" if short or target.backend == "hip" else "tf32x3"
