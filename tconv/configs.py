@@ -71,28 +71,52 @@ def box_width(rows: int, width: int, pixels: int) -> int:
     return min((b for b in {1, 4, 16, 64, pixels} if b <= pixels), key=cost)
 
 
+def reduction_block(element_size: int, channels_last: bool, target: Target) -> int:
+    """The most of BLOCK_K.  A 16-bit tile that is not channels_last is loaded through registers (asynchronous copies
+    take 4 bytes at least), and before sm_90 a tile of 64 would spill them."""
+    through_registers = element_size == 2 and not channels_last and target.backend == "cuda" and target.arch < 90
+    return 64 if element_size == 2 and not through_registers else 32
+
+
 def gather_gemm(
-    rows: int, width: int, programs: int, c_src: int, c_dst: int, element_size: int, precision: str, target: Target
+    rows: int,
+    width: int,
+    programs: int,
+    c_src: int,
+    c_dst: int,
+    element_size: int,
+    precision: str,
+    channels_last: bool,
+    large: bool,
+    target: Target,
 ) -> Config:
     """Tile for one phase of `rows` x `width` pixels; `programs` counts phases times groups."""
     block_n = power_of_two(c_dst, 16, 64 if precision in ("tf32x3", "ieee") else 128)
-    block_k = power_of_two(c_src, 16, 64 if element_size == 2 else 32)
+    block_k = power_of_two(c_src, 16, reduction_block(element_size, channels_last, target))
     block_m = 128
     if cdiv(rows * width, 128) * programs * cdiv(c_dst, block_n) < target.processors:
         block_m = 64  # fill the GPU before the tile
-    warps = (
-        8 if block_m * block_n >= 128 * 128 or (precision in ("tf32x3", "ieee") and block_m * block_n >= 8192) else 4
-    )
+    wide = block_m * block_n >= 128 * 128 or (precision in ("tf32x3", "ieee") and block_m * block_n >= 8192)
+    warps = 8 if wide or large else 4  # 64-bit offsets take the registers of four warps more
     return Config(
         block_m, block_n, block_k, box_width(rows, width, block_m), warps, 3 if block_k <= 32 or block_n <= 64 else 2
     )
 
 
-def weight_gemm(rows: int, width: int, c_in: int, c_out: int, element_size: int, precision: str) -> Config:
+def weight_gemm(
+    rows: int,
+    width: int,
+    c_in: int,
+    c_out: int,
+    element_size: int,
+    precision: str,
+    channels_last: bool,
+    target: Target,
+) -> Config:
     most = 64 if precision in ("tf32x3", "ieee") else 128
     block_m = power_of_two(c_in, 16, most)
     block_n = power_of_two(c_out, 16, most)
-    block_k = 64 if element_size == 2 else 32
+    block_k = reduction_block(element_size, channels_last, target)
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     return Config(
         block_m, block_n, block_k, box_width(rows, width, block_k), warps, 3 if block_m * block_n < 128 * 128 else 2

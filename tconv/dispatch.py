@@ -56,6 +56,7 @@ class Problem:
     dtype: torch.dtype
     tf32: bool  # torch's flag for fp32 convolutions, as read at the call
     channels_last: bool  # of the tensor that the pass gathers from
+    large: bool = False  # whether element offsets need 64 bits
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def plan(problem: Problem, target: Target) -> Plan:
             config = configs.direct(rows, width, columns, problem.channels_last, target)
             pixels, programs = config.block_m, geometry.taps * cdiv(columns, config.block_n)
         else:
-            config = configs.weight_gemm(rows, width, c_in, c_out, element_size, how)
+            config = configs.weight_gemm(rows, width, c_in, c_out, element_size, how, problem.channels_last, target)
             pixels = config.block_k
             programs = geometry.taps * g * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
         tiles = cdiv(rows, pixels // config.box_w) * cdiv(width, config.box_w)
@@ -205,5 +206,7 @@ def plan(problem: Problem, target: Target) -> Plan:
     if is_direct:
         config = configs.direct(rows, width, channels, problem.channels_last, target)
     else:
-        config = configs.gather_gemm(rows, width, phases * g, c_src, c_dst, element_size, how, target)
+        config = configs.gather_gemm(
+            rows, width, phases * g, c_src, c_dst, element_size, how, problem.channels_last, problem.large, target
+        )
     return Plan("direct" if is_direct else "gemm", why, how, config)

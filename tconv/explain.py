@@ -132,17 +132,19 @@ def _explain_call(
     reason = reason or refuse(batched, weight, bias)
     c_out = weight.shape[1] * groups
     passes = []
+    # The output and its gradient come in torch's layout; on the meta device they take no memory.
+    output = torch.empty(
+        (batched.shape[0], c_out, *geometry.output_size(batched.shape[2:])),
+        device="meta",
+        memory_format=launch.memory_format(batched, weight),
+    )
+    large = launch.is_large(batched) or launch.is_large(output)
     for name in PASSES:
         if reason is not None or batched.device.type == "meta":
             passes.append(PassExplanation(name, None, Plan("aten", reason or "meta tensors have no kernels")))
             continue
-        # The gradient of the output comes in the output's own layout.
-        gathered = batched
-        if name == "backward_input":
-            with torch.device("meta"):
-                shape = (batched.shape[0], c_out, *geometry.output_size(batched.shape[2:]))
-                gathered = torch.empty(shape, memory_format=launch.memory_format(batched, weight))
-        problem = launch.make_problem(name, geometry, batched.shape, c_out, batched.dtype, gathered)
+        gathered = output if name == "backward_input" else batched
+        problem = launch.make_problem(name, geometry, batched.shape, c_out, batched.dtype, gathered, large)
         passes.append(PassExplanation(name, problem, plan(problem, target_of(batched.device))))
     text = f"conv_transpose{ndim}d {batched.shape[1]} to {c_out} {geometry.describe()}"
     return Explanation(text, tuple(input.shape), batched.dtype, geometry, tuple(passes), module)

@@ -86,7 +86,7 @@ def accumulator(dtype: torch.dtype):
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
-def make_problem(direction, geometry, input_shape, c_out, dtype, gathered) -> Problem:
+def make_problem(direction, geometry, input_shape, c_out, dtype, gathered, large) -> Problem:
     return Problem(
         direction,
         geometry,
@@ -97,6 +97,7 @@ def make_problem(direction, geometry, input_shape, c_out, dtype, gathered) -> Pr
         dtype,
         allow_tf32(),
         is_channels_last(gathered),
+        large,
     )
 
 
@@ -106,11 +107,12 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     output = empty_output(input, weight, geometry.output_size(input.shape[2:]), c_out)
     if output.numel() == 0:
         return output
-    problem = make_problem("forward", geometry, input.shape, c_out, input.dtype, input)
+    large = is_large(input) or is_large(output)
+    problem = make_problem("forward", geometry, input.shape, c_out, input.dtype, input, large)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
         return output.copy_(aten_forward(input, weight, bias, geometry))
-    gather(chosen, input, weight, bias, output, geometry, True)
+    gather(chosen, input, weight, bias, output, geometry, True, large)
     return output
 
 
@@ -122,12 +124,18 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     if grad_output.numel() == 0:
         return grad_input.zero_()
     problem = make_problem(
-        "backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output.dtype, grad_output
+        "backward_input",
+        geometry,
+        grad_input.shape,
+        grad_output.shape[1],
+        grad_output.dtype,
+        grad_output,
+        is_large(grad_output) or is_large(grad_input),
     )
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
         return grad_input.copy_(aten_backward(grad_output, grad_input, weight, geometry, 0))
-    gather(chosen, grad_output, weight, None, grad_input, geometry, False)
+    gather(chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return grad_input
 
 
@@ -142,7 +150,8 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     )
     if input.numel() == 0 or grad_output.numel() == 0:
         return grad_weight.zero_()
-    problem = make_problem("backward_weight", geometry, input.shape, c_out, input.dtype, input)
+    large = is_large(input) or is_large(grad_output)
+    problem = make_problem("backward_weight", geometry, input.shape, c_out, input.dtype, input, large)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
         return grad_weight.copy_(aten_backward(grad_output, input, grad_weight, geometry, 1))
@@ -174,7 +183,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     constants = dict(
         X_LAYOUT=layout(input, g),
         Y_LAYOUT=layout(grad_output, g),
-        LARGE=is_large(input) or is_large(grad_output),
+        LARGE=problem.large,
         ACC=acc,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -244,7 +253,7 @@ def backward_bias(grad_output) -> torch.Tensor:
     return grad_bias
 
 
-def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool) -> None:
+def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool, large: bool) -> None:
     """Launch the family's gather kernel: the forward pass, or backward_input with the roles exchanged."""
     from .kernels.direct import gather_direct
     from .kernels.gemm import gather_gemm, pack_weight
@@ -276,7 +285,7 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
         SRC_LAYOUT=layout(source, g),
         DST_LAYOUT=layout(destination, g),
         HAS_BIAS=bias is not None,
-        LARGE=is_large(source) or is_large(destination),
+        LARGE=large,
         ACC=accumulator(source.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

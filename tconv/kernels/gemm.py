@@ -203,7 +203,8 @@ def pack_weight(
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     cs = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     tap = (t // (kh * kw)).to(tl.int64) * w_d + (t // kw % kh).to(tl.int64) * w_h + (t % kw).to(tl.int64) * w_w
-    mask = (cs < c_src)[:, None] & (t < taps)[None, :] & (co < c_dst)
+    present = tl.where(co < c_dst, c_src, 0)  # padding rows have no channels
+    mask = (cs < present)[:, None] & (t < taps)[None, :]
     v = tl.load(weight + group * w_g + co.to(tl.int64) * w_t + cs[:, None] * w_s + tap[None, :], mask=mask, other=0.0)
     if TF32:
         v = round_tf32(v)
