@@ -1,4 +1,4 @@
-"""tconv: fast, exact transposed convolutions for PyTorch, written in Triton."""
+"""tconv: transposed convolutions for PyTorch, written in Triton."""
 
 from .convert import convert, override, revert
 from .explain import explain

@@ -14,7 +14,7 @@ class Target:
     """What a configuration may depend on of the device."""
 
     backend: str  # "cuda", "hip" or "interpreter"
-    arch: int  # compute capability as 90 for 9.0; 0 where there is none
+    arch: int  # compute capability as 90 for 9.0, or the digits of gfx942; 0 where there is none
     processors: int  # multiprocessors
 
 
@@ -139,7 +139,7 @@ def direct(rows: int, width: int, channels: int, channels_last: bool, target: Ta
 def splits(tiles: int, programs: int, elements: int, block: int, target: Target) -> tuple[int, int]:
     """(splits, pixel tiles a split) for a reduction over `tiles` pixel tiles of `block` pixels.
 
-    Enough programs for four waves of the GPU; and no fp32 accumulator runs over more than 8192 pixels where
+    Four programs a multiprocessor at least, to fill the GPU; and no fp32 accumulator runs over more than 8192 pixels where
     the workspace allows, since a tensor core truncates as it accumulates: after 32768 pixels that had become half of
     TF32's own rounding error (DBNet's last layer).
     """

@@ -94,7 +94,9 @@ def _why_left(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")
         return "scripted by torch.jit" if original in {c.__name__ for c in COUNTERPARTS} else None
-    if "ConvTranspose" in kind.__name__:
+    if (
+        "ConvTranspose" in kind.__name__ and next(module.children(), None) is None
+    ):  # a quantized one, say; not a block of layers
         return f"{kind.__module__}.{kind.__qualname__} is not a torch.nn transposed convolution"
     return None
 

@@ -7,6 +7,7 @@ aten before any operator of tconv is called.  `plan` looks at one pass of one pr
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
@@ -41,6 +42,10 @@ IEEE_PRODUCTS = 40
 # (FCN-32s, k64) that bias had grown to the size of TF32's own rounding.  tf32x3 adds in fp32 once a tile of K;
 # backward_weight splits its sums (configs.splits).
 TF32_PRODUCTS = 1 << 15
+
+
+# The one AMD GPU whose tensor cores Triton gives TF32.
+TF32_HIP = 942
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ def target_of(device: torch.device) -> Target:
         return Target("interpreter", 0, 4)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target("hip", 0, properties.multi_processor_count)
+        arch = re.match(r"gfx(\d+)", properties.gcnArchName)
+        return Target("hip", int(arch[1]) if arch else 0, properties.multi_processor_count)
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
@@ -137,7 +143,7 @@ def precision(problem: Problem, target: Target) -> str:
         allowed = not short and (wide or g == 1)
     else:
         allowed = products <= TF32_PRODUCTS and (wide or (g == 1 and not short))
-    if problem.tf32 and allowed:
+    if problem.tf32 and allowed and (target.backend != "hip" or target.arch == TF32_HIP):
         return "tf32"
     return "ieee" if short or target.backend == "hip" else "tf32x3"
 
@@ -167,8 +173,10 @@ def plan(problem: Problem, target: Target) -> Plan:
     geometry, size = problem.geometry, problem.input_size
     if not problem.c_out:
         return Plan("aten", "there are no output channels")
-    if max(*size, *geometry.output_size(size)) >= 2**31:
-        return Plan("aten", "a spatial dimension has 2^31 elements or more")
+    # The kernels index an axis in 32 bits, padded to whole tiles of at most 256 pixels.
+    reach = [o + 2 * a.padding + 256 * a.stride + a.dilation for a, o in zip(geometry.axes, geometry.output_size(size))]
+    if max(reach) >= 2**31 - 2**16:
+        return Plan("aten", "a spatial axis or its stride is too long for 32-bit indices")
     g = geometry.groups
     c_in, c_out = problem.c_in // g, problem.c_out // g
     is_direct = g > 1 and max(c_in, c_out) <= DIRECT_CHANNELS

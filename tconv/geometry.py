@@ -1,7 +1,7 @@
 """The integer geometry of a transposed convolution: arguments, sizes, phases and taps.
 
 Pure Python integers (sizes may be symbolic), no tensors.  Everything downstream
-trusts a `Geometry` that came out of `check`.
+trusts arguments that have passed `check`.
 
 A transposed convolution of stride s, padding p and dilation d sends input i through
 tap k to output o = i*s - p + d*k.  Read from the output's side, o receives tap k from

@@ -12,7 +12,7 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from .configs import cdiv
-from .dispatch import Plan, Problem, allow_tf32, plan, target_of
+from .dispatch import Plan, Problem, allow_tf32, plan, target_of, unsupported
 from .geometry import Geometry
 
 INT32 = 2**31 - 1
@@ -27,10 +27,10 @@ def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def empty_output(input, weight, geometry_or_size, channels: int):
+def empty_output(input, weight, size, channels: int):
     """The uninitialised result of the forward pass (also for fake tensors and symbolic sizes)."""
     return torch.empty(
-        (input.shape[0], channels, *geometry_or_size),
+        (input.shape[0], channels, *size),
         dtype=input.dtype,
         device=input.device,
         memory_format=memory_format(input, weight),
@@ -215,13 +215,15 @@ def backward_bias(grad_output) -> torch.Tensor:
     from .configs import direct, splits
     from .kernels.reduce import sum_pixels
 
+    target = target_of(grad_output.device)
+    if unsupported(target):
+        return aten_backward_bias(grad_output)
     batch, channels, *size = grad_output.shape
     grad_bias = torch.empty((channels,), dtype=grad_output.dtype, device=grad_output.device)
     if grad_output.numel() == 0:
         return grad_bias.zero_()
     last = is_channels_last(grad_output)
     d, h, w = sizes3(size)
-    target = target_of(grad_output.device)
     config = direct(batch * d * h, w, channels, last, target)
     tiles = cdiv(batch * d * h, config.block_m // config.box_w) * cdiv(w, config.box_w)
     programs = cdiv(channels, config.block_n)
@@ -349,6 +351,11 @@ def _sum_partials(partial, grad, c_out, axes) -> None:
         *strides5(grad),
         BLOCK=block,
     )
+
+
+def aten_backward_bias(grad_output) -> torch.Tensor:
+    """aten's grad_bias."""
+    return grad_output.sum((0, *range(2, grad_output.ndim)))
 
 
 def aten_forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:

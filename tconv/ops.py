@@ -39,7 +39,11 @@ backward_bias = torch.ops.tconv.backward_bias
 
 def _geometry(kernel, layer) -> Geometry:
     stride, padding, output_padding, groups, dilation = layer
-    return make_geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
+    facts = tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
+    try:
+        return make_geometry(*facts)
+    except TypeError:  # symbolic sizes have no hash
+        return Geometry(*facts)
 
 
 def _conv_transpose(input, weight, bias, *layer):
@@ -68,10 +72,9 @@ for _name, _function in (
 
 
 @register_fake("tconv::conv_transpose", lib=library)
-def _(input, weight, bias, stride, padding, output_padding, groups, dilation):
-    kernel = tuple(weight.shape[2:])
-    geometry = Geometry(kernel, tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
-    return launch.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * groups)
+def _(input, weight, bias, *layer):
+    geometry = _geometry(weight.shape[2:], layer)
+    return launch.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * geometry.groups)
 
 
 @register_fake("tconv::backward_input", lib=library)
@@ -173,10 +176,6 @@ def _backward_weight_aten(grad_output, input, kernel_size, *layer):
     return launch.aten_backward(grad_output, input, like, geometry, 1)
 
 
-def _backward_bias_aten(grad_output):
-    return grad_output.sum((0, *range(2, grad_output.ndim)))
-
-
 def _register_autograd(name: str, setup, backward, aten) -> None:
     """torch.library.register_autograd, made to work under torch.func's transforms too.
 
@@ -220,7 +219,7 @@ def _register_autograd(name: str, setup, backward, aten) -> None:
 _register_autograd("conv_transpose", _conv_transpose_setup, _conv_transpose_backward, _conv_transpose_aten)
 _register_autograd("backward_input", _backward_input_setup, _backward_input_backward, _backward_input_aten)
 _register_autograd("backward_weight", _backward_weight_setup, _backward_weight_backward, _backward_weight_aten)
-_register_autograd("backward_bias", _backward_bias_setup, _backward_bias_backward, _backward_bias_aten)
+_register_autograd("backward_bias", _backward_bias_setup, _backward_bias_backward, launch.aten_backward_bias)
 
 
 # Batching rules: the mapped dimension joins the batch where the weight is shared, and the groups
@@ -240,6 +239,8 @@ def _out(t: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 
 def _grouped(layer, size):
     stride, padding, output_padding, groups, dilation = layer
+    if size == 0:
+        raise RuntimeError("conv_transpose: expected groups to be positive, got a mapped weight of batch size 0")
     return stride, padding, output_padding, groups * size, dilation
 
 

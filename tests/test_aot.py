@@ -34,7 +34,7 @@ TARGETS = {
     "sm_80": (Target("cuda", 80, 108), ("cuda", "80"), 99 * 1024),
     "sm_90": (Target("cuda", 90, 132), ("cuda", "90"), 227 * 1024),
     "sm_100": (Target("cuda", 100, 148), ("cuda", "100"), 227 * 1024),
-    "gfx942": (Target("hip", 0, 304), ("hip", "gfx942"), 64 * 1024),
+    "gfx942": (Target("hip", 942, 304), ("hip", "gfx942"), 64 * 1024),
 }
 # Bytes a thread: a handful of values that ptxas parks in memory outside the loop is no matter; hundreds are.
 SPILL_LIMIT = 64

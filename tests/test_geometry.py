@@ -3,7 +3,10 @@
 import itertools
 
 import pytest
+import torch
 
+from tconv.configs import Target, is_valid
+from tconv.dispatch import PASSES, Problem, plan
 from tconv.functional import as_tuple
 from tconv.geometry import Axis
 from tconv.workloads import SUITES, layers
@@ -64,3 +67,25 @@ def test_as_tuple():
         as_tuple((1, 2, 3), "stride", 2)
     with pytest.raises(TypeError, match="padding"):
         as_tuple(1.5, "padding", 2)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_configuration_is_valid(suite):
+    """The heuristics' choices for every layer, pass, precision and format, by the predicate that tuning would use."""
+    targets = (Target("cuda", 80, 108), Target("cuda", 90, 132), Target("cuda", 100, 148), Target("hip", 942, 304))
+    seen = set()
+    for layer, direction, target, (dtype, tf32), last in itertools.product(
+        layers(suite),
+        PASSES,
+        targets,
+        ((torch.float32, True), (torch.float32, False), (torch.float16, True)),
+        (False, True),
+    ):
+        g, shape = layer.geometry, layer.input_shape
+        problem = Problem(direction, g, shape[0], shape[1], layer.out_channels, shape[2:], dtype, tf32, last)
+        chosen = plan(problem, target)
+        seen.add(chosen.family)
+        if chosen.family == "gemm":
+            pixels = chosen.config.block_k if direction == "backward_weight" else chosen.config.block_m
+            assert is_valid(chosen.config, pixels, dtype.itemsize), (layer, direction, target, chosen)
+    assert "gemm" in seen

@@ -362,12 +362,17 @@ class FancyConvTranspose(nn.Module):
         return x
 
 
+class ConvTransposeBlock(nn.Sequential):
+    """A block of layers with such a name is none itself."""
+
+
 class Named(tconv.ConvTranspose2d):
     """A subclass of tconv's own module: nothing to convert."""
 
 
 def test_what_is_left_and_why(device, ieee, calls):
-    model = nn.Sequential(Doubled(3, 3, 3), FancyConvTranspose(), Named(3, 3, 3), nn.Conv2d(3, 3, 1)).to(device)
+    block = ConvTransposeBlock(nn.Conv2d(3, 3, 1))
+    model = nn.Sequential(Doubled(3, 3, 3), FancyConvTranspose(), Named(3, 3, 3), block).to(device)
     x = image(2, device)
     before = model(x)
     calls.clear()

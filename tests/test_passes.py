@@ -149,6 +149,17 @@ def test_unreached_outputs_are_the_bias(device):
     assert tconv.conv_transpose1d(x, w, stride=4, dilation=2)[:, :, 1::2].eq(0).all()
 
 
+def test_long_strides_and_dilations(device):
+    """A tap's inverse times a phase passes 2^31; and axes too long for 32-bit indices go to aten."""
+    x, w = torch.ones(1, 1, 1, device=device), torch.tensor([[[1.0, 2.0, 3.0]]], device=device)
+    layer = dict(stride=80001, dilation=40000, padding=39995)
+    assert torch.equal(tconv.conv_transpose1d(x, w, **layer), ATEN[1](x, w, **layer))
+    plan = tconv.explain(x, w, **layer).passes[0].plan
+    assert plan.family == "gemm"
+    assert "too long" in tconv.explain(x, w, stride=2**26).passes[0].plan.reason
+    assert torch.equal(tconv.conv_transpose1d(x, w, stride=2**26), ATEN[1](x, w, stride=2**26))
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")), ids=str)
 @pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
 @pytest.mark.parametrize("name", ("2d_k4s2p1", "2d_depthwise", "2d_d2s2_gcd2"))

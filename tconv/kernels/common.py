@@ -11,6 +11,38 @@ import triton
 import triton.language as tl
 
 
+def kernel_name(base):
+    """A name that says pass, layouts, dtype and tile, so that a profile reads itself."""
+
+    def name(specialization):
+        c, signature = specialization.constants, specialization.signature
+        dtype = signature.get("src", signature.get("x", "*?")).lstrip("*")
+        parts = [base]
+        if "FORWARD" in c:
+            parts.append("forward" if c["FORWARD"] else "backward_input")
+        for key in ("SRC_LAYOUT", "DST_LAYOUT", "X_LAYOUT", "Y_LAYOUT"):
+            parts.append(c.get(key, ""))
+        parts.append(dtype)
+        if "PRECISION" in c:
+            parts.append(c["PRECISION"])
+        parts.append("x".join(str(c[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BOX_W") if k in c))
+        return "_".join(p for p in parts if p)
+
+    return name
+
+
+# The run-time scalars of the gather kernels and of the weight kernels: none is specialised.
+GATHER_SCALARS = (
+    "batch c_src c_dst d_src h_src w_src d_dst h_dst w_dst "
+    "kd kh kw strided strideh stridew padd padh padw dild dilh dilw gcdd gcdh gcdw invd invh invw "
+    "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w"
+).split()
+WEIGHT_SCALARS = (
+    "batch c_in c_out groups d_in h_in w_in d_out h_out w_out kd kh kw strided strideh stridew padd padh padw "
+    "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w per_split"
+).split()
+
+
 @triton.jit
 def axis_taps(phase, kernel, stride, padding, dilation, gcd, inverse, FORWARD: tl.constexpr):
     """The taps that reach one phase of one axis, as (first tap, tap step, count, source offset, source step).
@@ -22,7 +54,7 @@ def axis_taps(phase, kernel, stride, padding, dilation, gcd, inverse, FORWARD: t
         # d*k = a + p (mod s) has a solution only where g = gcd(s, d) divides a + p (geometry.Axis).
         t = phase + padding
         tap_step = stride // gcd
-        first = ((t // gcd) * inverse) % tap_step
+        first = ((t // gcd).to(tl.int64) * inverse % tap_step).to(tl.int32)
         count = tl.where((t % gcd == 0) & (first < kernel), (kernel - first + tap_step - 1) // tap_step, 0)
         return first, tap_step, count, (t - dilation * first) // stride, -(dilation // gcd)
     else:

@@ -7,13 +7,23 @@ exact whatever the TF32 flags say.
 import triton
 import triton.language as tl
 
-from .common import axis_taps, inside, known_channels, known_strides, load_tile, split_row, store_tile
-from .gemm import SCALARS, kernel_name
+from .common import (
+    GATHER_SCALARS,
+    WEIGHT_SCALARS,
+    axis_taps,
+    inside,
+    kernel_name,
+    known_channels,
+    known_strides,
+    load_tile,
+    split_row,
+    store_tile,
+)
 
 
 @triton.jit(
     repr=kernel_name("tconv_gather_direct"),
-    do_not_specialize=[*SCALARS, "groups", "w_g", "w_s", "w_t", "w_d", "w_h", "w_w"],
+    do_not_specialize=[*GATHER_SCALARS, "groups", "w_g", "w_s", "w_t", "w_d", "w_h", "w_w"],
 )
 def gather_direct(
     src, weight, bias, dst,
@@ -135,10 +145,7 @@ def gather_direct(
 
 @triton.jit(
     repr=kernel_name("tconv_weight_direct"),
-    do_not_specialize=(
-        "batch c_in c_out groups d_in h_in w_in d_out h_out w_out kd kh kw strided strideh stridew padd padh padw "
-        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w per_split"
-    ).split(),
+    do_not_specialize=WEIGHT_SCALARS,
 )
 def weight_direct(
     x, y, partial,

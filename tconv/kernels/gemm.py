@@ -4,8 +4,11 @@ import triton
 import triton.language as tl
 
 from .common import (
+    GATHER_SCALARS,
+    WEIGHT_SCALARS,
     axis_taps,
     inside,
+    kernel_name,
     known_channels,
     known_strides,
     load_tile,
@@ -17,34 +20,7 @@ from .common import (
 )
 
 
-def kernel_name(base):
-    """A name that says pass, layouts, dtype and tile, so that a profile reads itself."""
-
-    def name(specialization):
-        c, signature = specialization.constants, specialization.signature
-        dtype = signature.get("src", signature.get("x", "*?")).lstrip("*")
-        parts = [base]
-        if "FORWARD" in c:
-            parts.append("forward" if c["FORWARD"] else "backward_input")
-        for key in ("SRC_LAYOUT", "DST_LAYOUT", "X_LAYOUT", "Y_LAYOUT"):
-            parts.append(c.get(key, ""))
-        parts.append(dtype)
-        if "PRECISION" in c:
-            parts.append(c["PRECISION"])
-        parts.append("x".join(str(c[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BOX_W") if k in c))
-        return "_".join(p for p in parts if p)
-
-    return name
-
-
-SCALARS = (
-    "batch c_src c_dst d_src h_src w_src d_dst h_dst w_dst "
-    "kd kh kw strided strideh stridew padd padh padw dild dilh dilw gcdd gcdh gcdw invd invh invw "
-    "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w"
-).split()
-
-
-@triton.jit(repr=kernel_name("tconv_gather_gemm"), do_not_specialize=SCALARS)
+@triton.jit(repr=kernel_name("tconv_gather_gemm"), do_not_specialize=GATHER_SCALARS)
 def gather_gemm(
     src, packed, bias, dst,
     batch, c_src, c_dst,  # channels are those of one group
@@ -214,10 +190,7 @@ def pack_weight(
 
 @triton.jit(
     repr=kernel_name("tconv_weight_gemm"),
-    do_not_specialize=(
-        "batch c_in c_out groups d_in h_in w_in d_out h_out w_out kd kh kw strided strideh stridew padd padh padw "
-        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w per_split"
-    ).split(),
+    do_not_specialize=WEIGHT_SCALARS,
 )
 def weight_gemm(
     x, y, partial,
