@@ -19,7 +19,12 @@ NAMES = ("forward", "backward_input", "backward_weight", "backward_bias")
 GPU = torch.cuda.is_available()
 # float64 runs on the kernels in the interpreter alone.
 PRECISIONS = ("ieee", "tf32", "float16", "bfloat16") if GPU else ("float64", "ieee", "tf32", "float16", "bfloat16")
-CHANNELS = (1, 2, 3, 4, 5, 8, 16, 17, 33)
+# Groups and channels of a group: dense layers, wide groups (both on the GEMM kernels), and the direct kernels' own.
+KINDS = {
+    "dense": ((1,), (1, 2, 3, 5, 8, 16, 17, 33)),
+    "grouped": ((2, 3), (3, 5, 8, 16, 17)),
+    "direct": ((2, 3, 5), (1, 2, 3, 4)),
+}
 # By the number of axes: largest input size, kernel, stride, dilation and padding of an axis.
 LIMITS = {1: (9, 7, 6, 6, 6), 2: (4, 4, 4, 4, 5), 3: (3, 3, 2, 2, 3)}
 
@@ -89,8 +94,8 @@ def configurations(draw):
     """Every draw is valid: no filter, no assumption."""
     ndim = draw(st.integers(1, 3), label="ndim")
     most_size, most_kernel, most_stride, most_dilation, most_padding = LIMITS[ndim]
-    groups = draw(st.sampled_from((1, 1, 2, 3)))
-    channels = tuple(draw(st.sampled_from(CHANNELS[:-2] if ndim == 3 else CHANNELS)) for _ in range(2))
+    groups, widths = KINDS[draw(st.sampled_from(sorted(KINDS)))]
+    channels = draw(st.sampled_from(widths)), draw(st.sampled_from(widths))
     axes = []
     for _ in range(ndim):
         size, kernel, stride, dilation = (
@@ -106,7 +111,13 @@ def configurations(draw):
         channels=channels,
         size=size,
         kernel=kernel,
-        layer=dict(stride=stride, padding=padding, output_padding=output_padding, groups=groups, dilation=dilation),
+        layer=dict(
+            stride=stride,
+            padding=padding,
+            output_padding=output_padding,
+            groups=draw(st.sampled_from(groups)),
+            dilation=dilation,
+        ),
         bias=draw(st.booleans()),
         precision=draw(st.sampled_from(PRECISIONS)),
         layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(3)),
