@@ -76,6 +76,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         "files": by_file,
         "failures": [r.nodeid for r in stats.get("failed", [])],
     }
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w") as f:
         json.dump(summary, f, indent=1)
 
