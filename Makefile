@@ -28,12 +28,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed $(TRITON_DIRS:%=%/.installed)
-	TCONV_TRITON_DIRS=$(subst $(space),:,$(TRITON_DIRS:%=$(CURDIR)/%)) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	TCONV_TRITON_DIRS=$(subst $(space),:,$(TRITON_DIRS:%=$(CURDIR)/%)) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # On a machine with a GPU and torch already installed: the same tests on the real kernels, and every layer of the
 # suites at full size; the summary is kept under benchmarks/results/.
 gpu-test:
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --summary benchmarks/results/gpu-test.json $(TESTS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal --summary benchmarks/results/gpu-test.json $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
+import time
 from collections import Counter
 
 import torch
@@ -96,6 +98,31 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.conv.fp32_precision = precision
+    torch.cuda.empty_cache()  # the other workers of a parallel run need it
+
+
+SPARE = 16 * 10**9  # bytes of GPU memory that large tests leave to the small ones and to other workers' contexts
+
+
+@pytest.fixture
+def reserve():
+    """reserve(nbytes): wait until so much GPU memory is free and take it for this process's allocator.
+
+    Workers of a parallel run ask one at a time, so that no two count on the same memory.
+    """
+    import fcntl
+
+    def take(nbytes):
+        index = torch.cuda.current_device()
+        if nbytes + SPARE > torch.cuda.mem_get_info()[1]:
+            pytest.skip(f"needs {nbytes / 1e9:.0f} GB of GPU memory")
+        with open(os.path.join(tempfile.gettempdir(), f"tconv-tests-gpu{index}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            while torch.cuda.mem_get_info()[0] < nbytes + SPARE:
+                time.sleep(0.05)
+            torch.cuda.caching_allocator_delete(torch.cuda.caching_allocator_alloc(nbytes))  # kept for what follows
+
+    return take
 
 
 @pytest.fixture

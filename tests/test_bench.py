@@ -407,8 +407,8 @@ def test_every_provider_measures(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--layer", LAYER, "--layer", "convtranspose1d 32 16 k4 s2 p1 nobias @ 2x32x100", "--provider"]
     code, printed = out_of(capsys, *argv, *providers.DEFAULT, "--quick", "--output", "r.json", "--plain")
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert code == 0, printed
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert {r["status"] for r in rows} == {"ok"}, printed
     assert {r["provider"] for r in rows} == set(providers.DEFAULT)
     assert {r["provider"] for r in rows if r["case"] != LAYER} == set(providers.DEFAULT) - {
@@ -423,8 +423,9 @@ def test_compiled_by_inductor(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--layer", LAYER, "--provider", "tconv", "compile", "--pass", "forward", "training", "--precision", "fp32"]
     code, printed = out_of(capsys, *argv, "--format", "contiguous", "--quick", "--output", "r.json", "--plain")
+    assert code == 0, printed
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert code == 0 and {(r["provider"], r["status"]) for r in rows} == {("tconv", "ok"), ("compile", "ok")}, printed
+    assert {(r["provider"], r["status"]) for r in rows} == {("tconv", "ok"), ("compile", "ok")}, printed
 
 
 @pytest.mark.gpu
@@ -435,8 +436,9 @@ def test_model_on_a_gpu(capsys, tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ConvTranspose2d(32, 16, 4, stride=2)), torch.randn(4, 3, 64, 64)\n"
     )
     code, printed = out_of(capsys, "--model", "gpu_model:make", "--quick", "--output", "r.json", "--plain")
+    assert code == 0, printed
     (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
-    assert code == 0 and model["check"]["status"] == "ok", printed
+    assert model["check"]["status"] == "ok", printed
     assert [r["mode"] for r in model["rows"]] == ["inference", "training"]
     assert all(0 < share < 1 for r in model["rows"] for share in r["share"].values())
 

@@ -248,9 +248,9 @@ def test_any_strides(change, unbatched, device):
     ids=lambda c: c.id,
 )
 @pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "channels_last"))
-@pytest.mark.xdist_group("big")
-def test_more_than_2_31_elements(case, channels_last):
+def test_more_than_2_31_elements(case, channels_last, reserve):
     """Checked on the first and the last sample, which lie on both sides of a 32-bit offset."""
+    reserve(60 * 10**9)
     x = torch.randn(case.input, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(case.weight, device="cuda", dtype=torch.bfloat16)
     if channels_last:

@@ -16,16 +16,11 @@ from tconv.workloads import SUITES, layers
 TCONV = {1: tconv.conv_transpose1d, 2: tconv.conv_transpose2d, 3: tconv.conv_transpose3d}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 PASSES = ("forward", "backward_input", "backward_weight", "backward_bias")
-BIG = 5 * 10**7  # elements; such layers run two at a time, for the GPU's memory
-LANES = 2
+# Bytes an element of input and output: float64 operands and results, or float32 ones, a result in both formats and the
+# temporaries of the comparison; and what cuDNN may take besides.
+BYTES, WORKSPACE = 64, 2 * 10**9
 
-ALL = [
-    pytest.param(
-        layer, id=layer.name, marks=[pytest.mark.xdist_group(f"big{i % LANES}")] if layer.elements > BIG else []
-    )
-    for suite in SUITES
-    for i, layer in enumerate(sorted(layers(suite), key=lambda layer: -layer.elements))
-]
+ALL = sorted((layer for suite in SUITES for layer in layers(suite)), key=lambda layer: -layer.elements)
 
 
 def rounded_oracle(i, ndim, tensors, options):
@@ -33,8 +28,9 @@ def rounded_oracle(i, ndim, tensors, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layer", ALL)
-def test_layer(layer):
+@pytest.mark.parametrize("layer", ALL, ids=lambda layer: layer.name)
+def test_layer(layer, reserve):
+    reserve(BYTES * layer.elements + WORKSPACE)
     torch.use_deterministic_algorithms(False)  # cuDNN at its best; outputs are poisoned below
     ndim = layer.geometry.ndim
     failures = []
@@ -67,5 +63,4 @@ def test_layer(layer):
                         failures.append(f"{name} {precision} {'channels_last' if channels_last else 'nchw'}: {wrong}")
                 del actual
         del exact
-    torch.cuda.empty_cache()  # the other workers need it
     assert not failures, f"{layer}\n" + "\n".join(failures)

@@ -189,7 +189,7 @@ def _graphed(make):
         with torch.cuda.graph(graph):
             captured = function()
 
-        def replay():
+        def replay(owner=function):  # the graph reads the weights that `function` owns
             graph.replay()
             return captured
 
