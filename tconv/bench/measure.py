@@ -216,11 +216,13 @@ def head(gpu: bool) -> dict:
 
 
 def _commit() -> str:
+    if told := os.environ.get("TCONV_COMMIT"):  # of a copied tree, which can carry an older .git or none
+        return told
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("TCONV_COMMIT", "")
+        return ""
 
 
 def poison(shape, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
