@@ -16,6 +16,7 @@ class Target:
     backend: str  # "cuda", "hip" or "interpreter"
     arch: int  # compute capability as 90 for 9.0, or the digits of gfx942; 0 where there is none
     processors: int  # multiprocessors
+    triton: tuple[int, int] = (3, 6)  # major and minor version
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Config:
     num_warps: int
     num_stages: int
 
-    def __str__(self) -> str:
+    def describe(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{self.block_k}, rows of {self.box_w}, "
             f"{self.num_warps} warps, {self.num_stages} stages"

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import configs
+from . import configs, shift
 from .configs import Config, Target, cdiv
 from .geometry import Geometry
 
@@ -60,18 +60,24 @@ class Problem:
     input_size: tuple[int, ...]
     dtype: torch.dtype
     tf32: bool  # torch's flag for fp32 convolutions, as read at the call
-    channels_last: bool  # of the tensor that the pass gathers from
+    source: str  # the LAYOUT (kernels.common.known_strides) of the tensor that the pass gathers from
+    destination: str = "width"  # that of the result
+    vector: int = 1  # so many elements, at most 16, divide the source's address and all its strides but 1
     large: bool = False  # whether element offsets need 64 bits
+
+    @property
+    def channels_last(self) -> bool:
+        return self.source in ("channels", "vectors")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("gemm", "direct" or "aten"), its configuration and the reason in words."""
+    """A decision: the kernel family ("shift", "gemm", "direct" or "aten"), its configuration and the reason in words."""
 
     family: str
     reason: str
     precision: str = ""
-    config: Config | None = None
+    config: Config | shift.Shift | None = None
     splits: int = 1
     tiles_per_split: int = 0
 
@@ -119,9 +125,13 @@ def target_of(device: torch.device) -> Target:
         return Target("interpreter", 0, 4)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        arch = re.match(r"gfx(\d+)", properties.gcnArchName)
-        return Target("hip", int(arch[1]) if arch else 0, properties.multi_processor_count)
-    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+        name = re.match(r"gfx(\d+)", properties.gcnArchName)
+        return Target("hip", int(name[1]) if name else 0, properties.multi_processor_count)
+    import triton
+
+    major, minor = map(int, triton.__version__.split(".")[:2])
+    arch = 10 * properties.major + properties.minor
+    return Target("cuda", arch, properties.multi_processor_count, (major, minor))
 
 
 def allow_tf32() -> bool:
@@ -164,6 +174,22 @@ def unsupported(target: Target) -> str | None:
     return None
 
 
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
+    """The shift kernel's tile, or why it does not take the problem."""
+    p = problem
+    refused = shift.refuse(p.geometry, p.c_in, p.c_out, p.large, how, p.source, p.destination, p.vector, target)
+    if refused:
+        return None, refused
+    tile = shift.choose(
+        p.geometry, p.batch, p.c_in, p.c_out, p.input_size, NAMES[p.dtype], p.source, p.destination, p.vector,
+        target.processors,
+    )  # fmt: skip
+    return tile, "too small for the shift kernel's tiles"
+
+
 @lru_cache(maxsize=8192)
 def plan(problem: Problem, target: Target) -> Plan:
     """The family, configuration and reason for one pass; pure, deterministic and cached."""
@@ -203,6 +229,11 @@ def plan(problem: Problem, target: Target) -> Plan:
         splits, per_split = configs.splits(tiles, programs, elements, pixels, target)
         return Plan("direct" if is_direct else "gemm", why, how, config, splits, per_split)
     forward = problem.direction == "forward"
+    if forward and not is_direct:
+        tile, refused = _shift(problem, how, target)
+        if tile:
+            return Plan("shift", why, how, tile)
+        why += f"; {refused}"
     if forward:
         output = geometry.output_size(size)
         quotient = [cdiv(o, s) for o, s in zip(output, geometry.stride)]

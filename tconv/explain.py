@@ -35,9 +35,9 @@ class PassExplanation:
     plan: Plan
 
     def __str__(self) -> str:
-        if self.plan.family == "aten":
-            return f"{self.name}: aten, because {self.plan.reason}"
-        text = f"{self.name}: {self.plan.family} ({self.plan.reason}); {_WORDS[self.plan.precision]}; tile {self.plan.config}"
+        if self.plan.config is None:
+            return f"{self.name}: {self.plan.family}, because {self.plan.reason}"
+        text = f"{self.name}: {self.plan.family} ({self.plan.reason}); {_WORDS[self.plan.precision]}; tile {self.plan.config.describe()}"
         if self.plan.splits > 1:
             text += f"; sum in {self.plan.splits} parts"
         return text
@@ -138,13 +138,13 @@ def _explain_call(
         device="meta",
         memory_format=launch.memory_format(batched, weight),
     )
-    large = launch.is_large(batched) or launch.is_large(output)
     for name in PASSES:
         if reason is not None or batched.device.type == "meta":
             passes.append(PassExplanation(name, None, Plan("aten", reason or "meta tensors have no kernels")))
             continue
-        gathered = output if name == "backward_input" else batched
-        problem = launch.make_problem(name, geometry, batched.shape, c_out, batched.dtype, gathered, large)
+        source, destination = (output, batched) if name == "backward_input" else (batched, output)
+        where = name, geometry, batched.shape, c_out
+        problem = launch.make_problem(*where, source, destination)
         passes.append(PassExplanation(name, problem, plan(problem, target_of(batched.device))))
     text = f"conv_transpose{ndim}d {batched.shape[1]} to {c_out} {geometry.describe()}"
     return Explanation(text, tuple(input.shape), batched.dtype, geometry, tuple(passes), module)

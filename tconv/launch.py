@@ -6,12 +6,13 @@ The kernels are imported at the first launch, so that tconv imports where Triton
 from __future__ import annotations
 
 import contextlib
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch._prims_common import suggest_memory_format
 
-from .configs import cdiv
+from . import aten, shift
+from .configs import Config, cdiv
 from .dispatch import Plan, Problem, allow_tf32, plan, target_of, unsupported
 from .geometry import Geometry
 
@@ -86,7 +87,19 @@ def accumulator(dtype: torch.dtype):
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
-def make_problem(direction, geometry, input_shape, c_out, dtype, gathered, large) -> Problem:
+def vector(t: torch.Tensor, source: str) -> int:
+    """The power of two, at most 16, that divides an activation's address and strides in elements (but that of the
+    contiguous dimension), and its width where that is the contiguous one."""
+    strides = [st for st, n in zip(t.stride(), t.shape) if n > 1 and st != 1]
+    width = [t.shape[-1]] if source == "width" else []
+    address = 0 if t.device.type == "meta" else t.data_ptr() // t.element_size()
+    together = gcd(16, address, *strides, *width)
+    return together & -together
+
+
+def make_problem(direction, geometry, input_shape, c_out, source, destination=None) -> Problem:
+    """The Problem of a pass that gathers from `source` and writes `destination`."""
+    kind = layout(source, geometry.groups)
     return Problem(
         direction,
         geometry,
@@ -94,10 +107,12 @@ def make_problem(direction, geometry, input_shape, c_out, dtype, gathered, large
         input_shape[1],
         c_out,
         tuple(input_shape[2:]),
-        dtype,
+        source.dtype,
         allow_tf32(),
-        is_channels_last(gathered),
-        large,
+        kind,
+        "width" if destination is None else layout(destination, geometry.groups),
+        vector(source, kind),
+        is_large(source) or (destination is not None and is_large(destination)),
     )
 
 
@@ -107,12 +122,14 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     output = empty_output(input, weight, geometry.output_size(input.shape[2:]), c_out)
     if output.numel() == 0:
         return output
-    large = is_large(input) or is_large(output)
-    problem = make_problem("forward", geometry, input.shape, c_out, input.dtype, input, large)
+    problem = make_problem("forward", geometry, input.shape, c_out, input, output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return output.copy_(aten_forward(input, weight, bias, geometry))
-    gather(chosen, input, weight, bias, output, geometry, True, large)
+        return output.copy_(aten.forward(input, weight, bias, geometry))
+    if chosen.family == "shift":
+        forward_shift(chosen, input, weight, bias, output, geometry)
+    else:
+        gather(chosen, input, weight, bias, output, geometry, True, problem.large)
     return output
 
 
@@ -123,18 +140,10 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
         return grad_input
     if grad_output.numel() == 0:
         return grad_input.zero_()
-    problem = make_problem(
-        "backward_input",
-        geometry,
-        grad_input.shape,
-        grad_output.shape[1],
-        grad_output.dtype,
-        grad_output,
-        is_large(grad_output) or is_large(grad_input),
-    )
+    problem = make_problem("backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output, grad_input)
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
-        return grad_input.copy_(aten_backward(grad_output, grad_input, weight, geometry, 0))
+        return grad_input.copy_(aten.backward(grad_output, grad_input, weight, geometry, 0))
     gather(chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return grad_input
 
@@ -150,17 +159,16 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     )
     if input.numel() == 0 or grad_output.numel() == 0:
         return grad_weight.zero_()
-    large = is_large(input) or is_large(grad_output)
-    problem = make_problem("backward_weight", geometry, input.shape, c_out, input.dtype, input, large)
+    problem = make_problem("backward_weight", geometry, input.shape, c_out, input, grad_output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return grad_weight.copy_(aten_backward(grad_output, input, grad_weight, geometry, 1))
+        return grad_weight.copy_(aten.backward(grad_output, input, grad_weight, geometry, 1))
 
     from .kernels.direct import weight_direct
     from .kernels.gemm import weight_gemm
 
     config = chosen.config
-    assert config is not None
+    assert isinstance(config, Config)
     acc = accumulator(input.dtype)
     columns, taps = c_in * (c_out // g), geometry.taps
     partial = torch.empty(
@@ -217,7 +225,7 @@ def backward_bias(grad_output) -> torch.Tensor:
 
     target = target_of(grad_output.device)
     if unsupported(target):
-        return aten_backward_bias(grad_output)
+        return aten.backward_bias(grad_output)
     batch, channels, *size = grad_output.shape
     grad_bias = torch.empty((channels,), dtype=grad_output.dtype, device=grad_output.device)
     if grad_output.numel() == 0:
@@ -255,13 +263,100 @@ def backward_bias(grad_output) -> torch.Tensor:
     return grad_bias
 
 
+def pack(weight, roles, taps, groups, c_src, c_dst, block_n, block_k, tf32: bool) -> torch.Tensor:
+    """The weight as [group and tap, destination channel, source channel], zero-padded to whole blocks.
+
+    roles: the weight's strides along group, source channel and destination channel; taps: along the kernel's axes.
+    """
+    from .kernels.gemm import pack_weight
+
+    count, _, kh, kw = prod(weight.shape[2:]), *sizes3(weight.shape[2:])
+    height, width = cdiv(c_dst, block_n) * block_n, cdiv(c_src, block_k) * block_k
+    packed = torch.empty((groups * count, height, width), dtype=weight.dtype, device=weight.device)
+    block_t, block_c = 16, min(64, width)
+    pack_weight[(cdiv(count, block_t) * cdiv(width, block_c) * height * groups,)](
+        weight,
+        packed,
+        c_src,
+        c_dst,
+        count,
+        kh,
+        kw,
+        *roles,
+        *taps,
+        TF32=tf32,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+    )
+    return packed
+
+
+def forward_shift(chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
+    """Launch the shift kernel; 1-d layers run as 2-d ones of one row."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .kernels import shift as kernels
+
+    tile = chosen.config
+    assert isinstance(tile, shift.Shift)
+    (batch, c_in), (_, h_in, w_in) = input.shape[:2], sizes3(input.shape[2:])
+    c_out, (_, h_out, w_out) = output.shape[1], sizes3(output.shape[2:])
+    x_n, x_c, _, x_h, x_w = strides5(input)
+    y_n, y_c, _, y_h, y_w = strides5(output)
+    w_i, w_o, *w_taps = strides5(weight)
+    axes = geometry.axes3[1:]
+    walked = shift.walk(
+        tile, axes, batch, c_in, c_out, (h_in, w_in), (h_out, w_out), target_of(input.device).processors
+    )
+    with on_device(input):
+        packed = pack(weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.CO, tile.kb, chosen.precision == "tf32")
+        blocks = packed.flatten(0, 1)
+        w_layout, x_layout = kernels.descriptor_layouts(tile)
+        source = input
+        if tile.by_tma:  # a dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes
+            strides = [x_n or 16, x_h or 16, x_w or 16, 1]
+            shape = [batch, h_in, w_in, c_in]
+            source = TensorDescriptor(input, shape, strides, [1, 1, tile.box, tile.kb], x_layout)
+        kernels.shift[(walked.grid,)](
+            source,
+            TensorDescriptor(blocks, list(blocks.shape), list(blocks.stride()), [shift.CO, tile.kb], w_layout),
+            output if bias is None else bias.contiguous(),
+            output,
+            walked.tiles_co,
+            walked.tiles_w,
+            walked.image,
+            walked.blocks,
+            walked.tiles,
+            batch,
+            c_in,
+            h_in,
+            w_in,
+            x_n,
+            x_c,
+            x_h,
+            x_w,
+            c_out,
+            h_out,
+            w_out,
+            y_n,
+            y_c,
+            y_h,
+            y_w,
+            bias is not None,
+            tile,
+            num_warps=4,
+        )
+
+
 def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool, large: bool) -> None:
     """Launch the family's gather kernel: the forward pass, or backward_input with the roles exchanged."""
     from .kernels.direct import gather_direct
-    from .kernels.gemm import gather_gemm, pack_weight
+    from .kernels.gemm import gather_gemm
 
     config = chosen.config
-    assert config is not None
+    assert isinstance(config, Config)
     g = geometry.groups
     c_src, c_dst = source.shape[1] // g, destination.shape[1] // g
     size = sizes3(destination.shape[2:])
@@ -301,25 +396,10 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
             grid = tiles * cdiv(c_dst * g, config.block_n)
             gather_direct[(grid,)](source, weight, bias, destination, *scalars, g, *w_roles, *w_taps, **constants)
             return
-        height = cdiv(c_dst, config.block_n) * config.block_n
-        width = cdiv(c_src, config.block_k) * config.block_k
-        packed = torch.empty((g * geometry.taps, height, width), dtype=weight.dtype, device=weight.device)
-        block_t, block_c = 16, min(64, width)
-        pack_weight[(cdiv(geometry.taps, block_t) * cdiv(width, block_c) * height * g,)](
-            weight,
-            packed,
-            c_src,
-            c_dst,
-            geometry.taps,
-            *[a.kernel for a in geometry.axes3[1:]],
-            *w_roles,
-            *w_taps,
-            TF32=chosen.precision == "tf32",
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            BLOCK_T=block_t,
-            BLOCK_C=block_c,
+        packed = pack(
+            weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, chosen.precision == "tf32"
         )
+        height = packed.shape[1]
         gather_gemm[(tiles * (height // config.block_n) * g,)](
             source,
             packed,
@@ -351,40 +431,3 @@ def _sum_partials(partial, grad, c_out, axes) -> None:
         *strides5(grad),
         BLOCK=block,
     )
-
-
-def aten_backward_bias(grad_output) -> torch.Tensor:
-    """aten's grad_bias."""
-    return grad_output.sum((0, *range(2, grad_output.ndim)))
-
-
-def aten_forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
-    """aten's forward pass."""
-    return torch.ops.aten.convolution(
-        input,
-        weight,
-        bias,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        True,
-        geometry.output_padding,
-        geometry.groups,
-    )
-
-
-def aten_backward(grad_output, input, weight, geometry: Geometry, index: int) -> torch.Tensor:
-    """aten's gradient of the input (index 0) or the weight (1); the other operand gives its shape alone."""
-    return torch.ops.aten.convolution_backward(
-        grad_output,
-        input,
-        weight,
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        True,
-        geometry.output_padding,
-        geometry.groups,
-        [index == 0, index == 1, False],
-    )[index]

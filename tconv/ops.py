@@ -12,7 +12,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
-from . import launch
+from . import aten, launch
 from .geometry import Geometry, make_geometry
 
 _LAYER = "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt groups, SymInt[] dilation"
@@ -162,18 +162,18 @@ def _backward_bias_backward(ctx, grad):
 
 
 def _conv_transpose_aten(input, weight, bias, *layer):
-    return launch.aten_forward(input, weight, bias, _geometry(weight.shape[2:], layer))
+    return aten.forward(input, weight, bias, _geometry(weight.shape[2:], layer))
 
 
 def _backward_input_aten(grad_output, weight, input_size, *layer):
     like = grad_output.new_empty((grad_output.shape[0], weight.shape[0], *input_size))
-    return launch.aten_backward(grad_output, like, weight, _geometry(weight.shape[2:], layer), 0)
+    return aten.backward(grad_output, like, weight, _geometry(weight.shape[2:], layer), 0)
 
 
 def _backward_weight_aten(grad_output, input, kernel_size, *layer):
     geometry = _geometry(kernel_size, layer)
     like = input.new_empty((input.shape[1], grad_output.shape[1] // geometry.groups, *kernel_size))
-    return launch.aten_backward(grad_output, input, like, geometry, 1)
+    return aten.backward(grad_output, input, like, geometry, 1)
 
 
 def _register_autograd(name: str, setup, backward, aten) -> None:
@@ -219,7 +219,7 @@ def _register_autograd(name: str, setup, backward, aten) -> None:
 _register_autograd("conv_transpose", _conv_transpose_setup, _conv_transpose_backward, _conv_transpose_aten)
 _register_autograd("backward_input", _backward_input_setup, _backward_input_backward, _backward_input_aten)
 _register_autograd("backward_weight", _backward_weight_setup, _backward_weight_backward, _backward_weight_aten)
-_register_autograd("backward_bias", _backward_bias_setup, _backward_bias_backward, launch.aten_backward_bias)
+_register_autograd("backward_bias", _backward_bias_setup, _backward_bias_backward, aten.backward_bias)
 
 
 # Batching rules: the mapped dimension joins the batch where the weight is shared, and the groups

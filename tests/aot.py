@@ -32,6 +32,9 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
+
+import tconv.shift  # noqa: E402
 
 MATRIX_INSTRUCTIONS = {
     "wgmma": "wgmma.mma_async",
@@ -49,6 +52,8 @@ def compile_launch(job):
     constants = dict(launch["constants"])
     if "ACC" in constants:
         constants["ACC"] = getattr(tl, constants["ACC"])
+    if "p" in constants:
+        constants["p"] = eval(constants["p"], vars(tconv.shift))  # a dataclass as it prints itself
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name], _, specialisation = launch["types"].get(name, "constexpr").partition(" ")
@@ -64,7 +69,8 @@ def compile_launch(job):
     start = time.perf_counter()
     try:
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch["options"])
+            source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+            compiled = triton.compile(source(kernel, signature, constants, attributes), target, launch["options"])
     except Exception as e:
         return result | {"error": f"{type(e).__name__}: {e}"}
     result["seconds"] = round(time.perf_counter() - start, 2)
@@ -73,6 +79,7 @@ def compile_launch(job):
         "symbol": compiled.name,
         "shared": compiled.metadata.shared,
         "matrix": [name for name, text in MATRIX_INSTRUCTIONS.items() if text in assembly],
+        "bulk": "cp.async.bulk.tensor" in assembly,
         "copied": copied(assembly, 32 * compiled.metadata.num_warps),
     }
     return result | (amd_resources(assembly) if backend == "hip" else nvidia_resources(log.getvalue()))

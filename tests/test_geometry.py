@@ -82,7 +82,9 @@ def test_every_configuration_is_valid(suite):
         (False, True),
     ):
         g, shape = layer.geometry, layer.input_shape
-        problem = Problem(direction, g, shape[0], shape[1], layer.out_channels, shape[2:], dtype, tf32, last)
+        problem = Problem(
+            direction, g, shape[0], shape[1], layer.out_channels, shape[2:], dtype, tf32, "vectors" if last else "width"
+        )
         chosen = plan(problem, target)
         seen.add(chosen.family)
         if chosen.family == "gemm":
