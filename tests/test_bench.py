@@ -171,6 +171,24 @@ def test_judge():
     assert check.judge(rounded, exact, peer, "tf32", lambda: rounded.double())[1] == ""
 
 
+@pytest.mark.parametrize("lead", ((2,), (0,), ()), ids=("batched", "no batch", "unbatched"))
+@pytest.mark.parametrize("n", (1, 2, 3))
+def test_rounded_oracle(n, lead):
+    """On values that TF32 holds, rounding changes nothing, and the bias gradient is a sum of unrounded values."""
+    layer = {"stride": (2,) * n, "padding": (0,) * n, "dilation": (1,) * n, "output_padding": (0,) * n, "groups": 1}
+    shapes = (*lead, 4, *(3,) * n), (4, 5, *(2,) * n), (5,), (*lead, 5, *(6,) * n)
+    tensors = check.draw(shapes, "half", "cpu")
+    exact, rounded = (check.oracle(n, *tensors, tf32=tf32, **layer) for tf32 in (False, True))
+    for one, other in zip(exact, rounded, strict=True):
+        torch.testing.assert_close(one, other)
+    fine = torch.randn(shapes[3])
+    rounded = check.oracle(n, *tensors[:3], fine, tf32=True, **layer)
+    torch.testing.assert_close(rounded[3], check.oracle(n, *tensors[:3], fine, **layer)[3])
+    if lead:
+        for name, one in zip(check.RESULTS, check.oracle(n, *tensors[:3], fine, **layer)):
+            torch.testing.assert_close(check.oracle_pass(name, (*tensors[:3], fine), layer), one)
+
+
 @pytest.mark.parametrize("batch", ((), (2,)))
 def test_tf32_oracle_rounds_operands_but_no_bias(batch):
     x, w, bias, grad = torch.randn(*batch, 4, 5), torch.randn(4, 3, 2), torch.randn(3), torch.randn(*batch, 3, 6)

@@ -67,7 +67,7 @@ def oracle(ndim, input, weight, bias, grad_output, tf32=False, **layer):
         )
     input, weight, rounded_grad = (round_tf32(t).double() for t in (input, weight, grad_output))
     exact = passes(ATEN[ndim], input, weight, None if bias is None else bias.double(), rounded_grad, **layer)
-    return exact if bias is None else (*exact[:3], grad_output.double().flatten(2).sum((0, 2)))
+    return exact if bias is None else (*exact[:3], grad_output.double().flatten(-ndim).sum(-1).sum_to_size(bias.shape))
 
 
 def aten_pass(name: str, tensors, layer: dict) -> torch.Tensor:
