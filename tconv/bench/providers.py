@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..workloads import Layer
+from . import check
 
 SMALL_MS = 0.05  # layers whose roof is below this are also measured under a CUDA graph
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -93,21 +94,7 @@ def _module_call(work: Work, module: Callable, parameters) -> Callable[[], Any]:
 
 
 def _aten_backward(work: Work, input, weight, grad_output) -> torch.Tensor:
-    options = work.layer.options
-    mask = [work.pass_name == "backward_input", work.pass_name == "backward_weight", False]
-    return torch.ops.aten.convolution_backward(
-        grad_output,
-        input,
-        weight,
-        None,
-        options["stride"],
-        options["padding"],
-        options["dilation"],
-        True,
-        options["output_padding"],
-        options["groups"],
-        mask,
-    )[mask.index(True)]
+    return check.aten_pass(work.pass_name, (input, weight, None, grad_output), work.layer.options)
 
 
 def tconv(work: Work):
