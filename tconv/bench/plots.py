@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,28 @@ def _groups(found: list[Speedup]) -> dict[str, list[Speedup]]:
 def speedup_chart(result: dict, path: Path) -> None:
     """Each pass's speed-ups over the best other provider, sorted, one panel a precision and memory format."""
     plt = _pyplot()
-    groups = _groups(speedups(result["rows"]))
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 3.8), sharey=True, squeeze=False)
+    found = speedups(result["rows"])
+    groups = _groups(found)
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 4.6), sharey=True, squeeze=False)
+    # Whole powers of two around the data and 1, and at most nine of them named.
+    low = min(-1, math.floor(math.log2(min(s.ratio for s in found))))
+    high = max(1, math.ceil(math.log2(max(s.ratio for s in found))))
+    ticks = [2.0**i for i in range(low, high + 1) if i % math.ceil((high - low) / 9) == 0]
     for ax, (name, group) in zip(axes[0], groups.items()):
+        ax.axhspan(2.0 ** (low - 1), 1, color=COLOURS["other"], alpha=0.12, linewidth=0)
         for pass_name in dict.fromkeys(s.row["pass"] for s in group):
             ratios = sorted(s.ratio for s in group if s.row["pass"] == pass_name)
             share = [(i + 0.5) / len(ratios) for i in range(len(ratios))]
-            ax.plot(share, ratios, marker=".", label=f"{pass_name}: {geomean(ratios):.2f}x")
+            losses = f"{sum(r < 1 for r in ratios)} of {len(ratios)}"
+            ax.plot(share, ratios, marker=".", label=f"{pass_name}: {geomean(ratios):.2f}x, {losses}")
         ax.axhline(1, color=COLOURS["roof"], linewidth=0.8)
-        ax.set(yscale="log", title=name, xlabel="share of cases")
-        ax.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5x", "1x", "2x", "4x", "8x", "16x"])
-        ax.legend(fontsize="small", title="geometric mean", title_fontsize="small")
-    axes[0][0].set_ylabel("speed-up over the best other provider")
-    figure.suptitle(str(result["head"]["device"]), fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+        ax.grid(axis="y", color="#dddddd", linewidth=0.6)
+        ax.set(yscale="log", ylim=(2.0 ** (low - 0.2), 2.0 ** (high + 0.2)), title=name, xlabel="share of cases")
+        ax.set_yticks(ticks, [f"{t:g}x" for t in ticks])
+        ax.minorticks_off()
+        _legend(ax, title="geometric mean, losses (shaded: below 1x)")
+    axes[0][0].set_ylabel("speed-up over the best other")
+    _write(plt, figure, result, path)
 
 
 def roofline_chart(result: dict, path: Path) -> None:
@@ -55,23 +62,41 @@ def roofline_chart(result: dict, path: Path) -> None:
     plt = _pyplot()
     roofs = result["head"]["roofs"]
     groups = _groups(speedups(result["rows"]))
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 3.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 4.6), squeeze=False)
     for ax, (name, group) in zip(axes[0], groups.items()):
-        rates = roofs["matmul_tflops"]
+        rates, copy = roofs["matmul_tflops"], roofs["copy_gbps"]
         precision = group[0].row["precision"]
         rate = max(rates["fp32"], rates["tf32"] / 3) if precision == "fp32" else rates[precision]
         intensity = [s.row["flops"] / s.row["bytes"] for s in group]
-        ridge = 1e3 * rate / roofs["copy_gbps"]  # operations a byte at which the two roofs meet
+        ridge = 1e3 * rate / copy  # operations a byte at which the two roofs meet
         low, high = min(*intensity, ridge) / 2, 2 * max(*intensity, ridge)
-        ax.plot([low, ridge, high], [low * roofs["copy_gbps"] / 1e3, rate, rate], color=COLOURS["roof"], linewidth=1)
-        for label, pick in (("other", lambda s: s.rival), ("tconv", lambda s: s.row)):
-            points = [pick(s)["tflops"] for s in group]
-            ax.scatter(intensity, points, s=9, color=COLOURS[label], label={"other": "best other"}.get(label, label))
-        ax.set(xscale="log", yscale="log", title=name, xlabel="operations a byte", ylabel="TFLOP/s")
-        ax.legend(fontsize="small")
+        roof = f"roof: {copy:.0f} GB/s, {rate:.0f} TFLOP/s"
+        ax.plot([low, ridge, high], [low * copy / 1e3, rate, rate], color=COLOURS["roof"], linewidth=1, label=roof)
+        for label, colour, face, rows in (
+            ("best other", "other", COLOURS["other"], [s.rival for s in group]),
+            ("tconv, faster", "tconv", COLOURS["tconv"], [s.row for s in group if s.ratio >= 1]),
+            ("tconv, slower", "tconv", "none", [s.row for s in group if s.ratio < 1]),
+        ):
+            points = [r["flops"] / r["bytes"] for r in rows], [r["tflops"] for r in rows]
+            ax.scatter(*points, s=12, facecolors=face, edgecolors=COLOURS[colour], linewidths=0.7, label=label)
+        ax.set(xscale="log", yscale="log", title=name, xlabel="operations a byte")
+        _legend(ax)
+    axes[0][0].set_ylabel("TFLOP/s")
+    _write(plt, figure, result, path)
+
+
+def _legend(ax: Any, **options: Any) -> None:
+    """Below the panel, where it hides no point."""
+    options |= {"fontsize": "small", "title_fontsize": "small", "frameon": False}
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1 + ("title" not in options), **options)
+
+
+def _write(plt: Any, figure: Any, result: dict, path: Path) -> None:
+    """Save a chart; without dates and random names in it, so that the same result gives the same file."""
     figure.suptitle(str(result["head"]["device"]), fontsize="small")
     figure.tight_layout()
-    figure.savefig(path)
+    with plt.rc_context({"svg.hashsalt": "tconv"}):
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
 
