@@ -12,7 +12,7 @@ WORKERS ?= auto
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: demo test gpu-test lint clean
+.PHONY: demo test gpu-test report lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,11 @@ test: $(VENV)/.installed $(TRITON_DIRS:%=%/.installed)
 # suites at full size; the summary is kept under benchmarks/results/.
 gpu-test:
 	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal --summary benchmarks/results/gpu-test.json $(TESTS)
+
+# The published tables and charts, from the published result.
+report: $(VENV)/.installed
+	$(BIN)/python -m tconv.bench report benchmarks/results/core.json --summary --into README.md
+	$(BIN)/python -m tconv.bench report benchmarks/results/core.json --plots docs/figures --into docs/benchmarks.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

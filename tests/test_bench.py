@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +231,7 @@ def test_speedups_and_summary():
     ]
     text = report.markdown({"head": {"device": "none"}, "rows": rows})
     assert "| b forward tf32 | 2.0000 |" in text and "0.50x b forward tf32 (to cudnn)" in text
+    assert "slower than the best other provider in **1 of 3** cases" in text
     assert math.isnan(report.geomean([]))
 
 
@@ -244,6 +246,40 @@ def test_charts(tmp_path):
     assert all("</svg>" in p.read_text() for p in drawn)
     with pytest.raises(Refused, match="nothing to draw"):
         plots.draw({"head": {}, "rows": []}, str(tmp_path))
+
+
+def test_report_into_a_page(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    roofs = {"copy_gbps": 4000.0, "matmul_tflops": {"tf32": 400.0}}
+    rows = [r for case in map(str, range(report.LONG + 1)) for r in (row(case), row(case, "cudnn", 0.5))]
+    (tmp_path / "r.json").write_text(json.dumps({"head": {"device": "none", "roofs": roofs}, "rows": rows}))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    argv = "report", "r.json", "--into", "docs/page.md"
+    for more in (("--plots", "docs/figures"), ("--summary",)):
+        code, printed = out_of(capsys, *argv, *more)
+        assert code == 0 and "written: " in printed and "docs/page.md" in printed
+        text = page.read_text()
+        assert text.startswith(f"before\n{report.BEGIN}\n\nnone") and text.endswith(f"\n\n{report.END}\nafter\n")
+        assert "old" not in text and text.count("| 31 | 0.50x | 31 |") == 4
+        assert ("(figures/speedup.svg)" in text) == ("<details>" in text) == ("--plots" in more)
+    for broken in ("no markers", report.BEGIN, f"{report.END} {report.BEGIN}", 2 * f"{report.BEGIN} {report.END}"):
+        page.write_text(broken)
+        code, printed = out_of(capsys, *argv)
+        assert code == 2 and f"docs/page.md must hold the line {report.BEGIN}" in printed and page.read_text() == broken
+    code, printed = out_of(capsys, "report", "r.json", "--into", "missing.md")
+    assert code == 2 and "cannot read missing.md" in printed
+
+
+def test_pages_have_their_markers():
+    """And README stays short, tables and all."""
+    root = Path(__file__).parent.parent
+    for name in ("README.md", "docs/benchmarks.md"):
+        text = (root / name).read_text()
+        assert text.count(report.BEGIN) == text.count(report.END) == 1
+    assert (root / "README.md").read_text().count("\n") < 150
 
 
 def test_compare_calls_only_what_is_beyond_the_noise():

@@ -57,9 +57,10 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="tables and charts of results")
     report.add_argument("results", nargs="+", metavar="RESULT.json")
-    report.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown")
-    report.add_argument("--plots", metavar="FOLDER", help="write speedup.svg and roofline.svg")
-    report.add_argument("--summary", action="store_true", help="leave out the table of all cases")
+    report.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown, instead of showing them")
+    report.add_argument("--into", metavar="FILE", help="the same, between the two markers of a Markdown file")
+    report.add_argument("--plots", metavar="FOLDER", help="write speedup.svg and roofline.svg; Markdown shows them")
+    report.add_argument("--summary", action="store_true", help="only the speed-ups by suite and by class")
     report.add_argument("--plain", action="store_true", help="plain lines, without rich")
 
     compare = commands.add_parser("compare", help="what moved beyond the noise")
@@ -156,12 +157,12 @@ def _run_model(args) -> int:
     return int(any(m["check"]["status"] != "ok" for m in result["models"]))
 
 
-def show(result: dict, plain: bool, cases: bool = True) -> None:
+def show(result: dict, plain: bool, cases: bool = True, summary: bool = False) -> None:
     """Print a result's tables."""
     from . import report
 
     print(report.describe_head(result["head"]))
-    for title, columns, rows in report.sections(result, cases):
+    for title, columns, rows in report.sections(result, cases, summary):
         table(title, columns, rows, plain)
 
 
@@ -190,12 +191,16 @@ def command_report(args) -> int:
     merged = dict(results[0], rows=[r for x in results for r in x["rows"]])
     for key in ("first_calls", "models"):
         merged[key] = [r for x in results for r in x.get(key) or ()]
-    show(merged, args.plain, cases=not args.summary)
+    if not args.markdown and not args.into:
+        show(merged, args.plain, summary=args.summary)
+    charts = plots.draw(merged, args.plots) if args.plots else []
     if args.markdown:
-        Path(args.markdown).write_text(report.markdown(merged, cases=not args.summary))
-        print(f"written: {args.markdown}")
-    if args.plots:
-        print("written: " + ", ".join(map(str, plots.draw(merged, args.plots))))
+        Path(args.markdown).write_text(report.markdown(merged, args.summary, charts, args.markdown), encoding="utf-8")
+    if args.into:
+        report.put_into(args.into, report.markdown(merged, args.summary, charts, args.into))
+    written = [str(path) for path in (*charts, args.markdown, args.into) if path]
+    if written:
+        print("written: " + ", ".join(written))
     return 0
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from .cases import CLASSES
 
 KEY = ("suite", "case", "pass", "precision", "memory_format")
 BAD = ("wrong", "error", "crashed", "timeout", "skipped")
+BEGIN, END = "<!-- tconv.bench report: begin -->", "<!-- tconv.bench report: end -->"
+LONG = 30  # rows; a longer table is folded in Markdown
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,17 @@ def describe_head(head: dict) -> str:
     return text
 
 
-def sections(result: dict, cases: bool = True) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The tables of a report: (title, columns, rows)."""
+def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The tables of a report: (title, columns, rows).
+
+    Args:
+        cases: the tables of all cases too.
+        summary: only what is timed from eager code, by suite and by class, and what was not timed.
+    """
     rows = result["rows"]
     found = speedups(rows)
     tables = []
+    cases = cases and not summary
     if found and cases:
         tables.append(("Cases: tconv and the best other provider", CASE_COLUMNS, [case_cells(s) for s in found]))
     if found:
@@ -165,13 +175,13 @@ def sections(result: dict, cases: bool = True) -> list[tuple[str, list[str], lis
         tables.append(("Speed-up over the best other provider", SUMMARY_COLUMNS, lines))
         tables.append(("By class, all passes and precisions", SUMMARY_COLUMNS, [s.cells() for s in by_class(found)]))
     graphs = speedups(rows, "tconv-graph")
-    if graphs:
+    if graphs and not summary:
         lines = [s.cells() for s in by_axis(graphs)]
         tables.append(("Small layers, both sides under a CUDA graph", SUMMARY_COLUMNS, lines))
     first = [
         [f["name"], f["precision"], f["provider"], f"{f['ms'] / 1e3:.2f}"] for f in result.get("first_calls") or ()
     ]
-    if first:
+    if first and not summary:
         tables.append(("Cold first call, seconds", ["case", "precision", "provider", "s"], first))
     checked = [r for r in rows if r["status"] == "checked"]
     if checked and cases:
@@ -217,11 +227,44 @@ def model_sections(model: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
 
 
-def markdown(result: dict, cases: bool = True) -> str:
-    """The report for README and docs."""
-    text = [describe_head(result["head"]).replace("\n", "  \n"), ""]
-    for title, columns, rows in sections(result, cases):
-        text += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+def verdict(found: list[Speedup]) -> str:
+    """What all cases come to, in sentences, the losses first."""
+    s = summarise("", found)
+    own, other = (statistics.median(r["host_us"] for r in rows) for rows in zip(*((x.row, x.rival) for x in found)))
+    return (
+        f"tconv is slower than the best other provider in **{s.losses} of {s.count}** cases. The geometric mean of "
+        f"the speed-ups is **{s.geomean:.2f}x**, the worst is {s.cells()[-1]}. The median call keeps the host busy for "
+        f"{own:.0f} us, the best other provider's for {other:.0f} us."
+    )
+
+
+def markdown(result: dict, summary: bool = False, charts: Iterable[Path] = (), page: str = "") -> str:
+    """The report for a page, such as README: what it comes to, charts, tables; long tables last and folded."""
+    found = speedups(result["rows"])
+    head = describe_head(result["head"]).splitlines()
+    text = ["  \n".join(head[:1] if summary else head), ""]
+    if found:
+        text += [verdict(found), ""]
+    for chart in charts:
+        text += [f"![{chart.stem}]({Path(os.path.relpath(chart, Path(page).parent)).as_posix()})", ""]
+    tables = sections(result, summary=summary)
+    for title, columns, rows in sorted(tables, key=lambda t: len(t[2]) > LONG):
+        fold = len(rows) > LONG
+        text += ["<details>", f"<summary>{title} ({len(rows)})</summary>", ""] if fold else [f"### {title}", ""]
+        text += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         text += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        text.append("")
+        text += ["", "</details>", ""] if fold else [""]
     return "\n".join(text)
+
+
+def put_into(path: str, text: str) -> None:
+    """Replace what lies between the two markers of a Markdown file.  Raises ValueError where it has not both, once."""
+    try:
+        page = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end or BEGIN in rest or END in after:
+        raise ValueError(f"{path} must hold the line {BEGIN} and below it {END}, once: the report goes between them")
+    Path(path).write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
