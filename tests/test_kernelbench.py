@@ -37,28 +37,26 @@ def test_level1_agrees_within_1e_4_under_default_flags(layer, reserve):
 
 
 FIRST_CALL = """
-import os, time, torch
+import time, torch
 from tconv.workloads import layers
 from test_kernelbench import model
 layer = next(l for l in layers("kernelbench") if l.name == {name!r})
 x = torch.rand(layer.input_shape, device="cuda")
 ours = model(layer).cuda()
 torch.cuda.synchronize()
-start, spent = time.perf_counter(), sum(os.times()[:4])
+start = time.perf_counter()
 with torch.no_grad():
     ours(x)
 torch.cuda.synchronize()
-print(min(time.perf_counter() - start, sum(os.times()[:4]) - spent))
+print(time.perf_counter() - start)
 """
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ("L1/57", "L1/58", "L1/64", "L1/71", "L1/72", "L1/75"))
 def test_first_call_takes_under_5_seconds(name, tmp_path):
-    """In a process of its own, with an empty Triton cache: import of Triton, compilation and launch.
-
-    By the clock, or by the processor time of the process and its children where other tests keep the cores busy.
-    """
+    """In a process of its own, with an empty Triton cache: import of Triton, compilation and launch."""
     here = os.path.dirname(__file__)
     code = FIRST_CALL.format(name=name)
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([here, *sys.path])}
