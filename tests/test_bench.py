@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tconv.bench import __main__ as cli
-from tconv.bench import cases, check, compare, measure, providers, report
+from tconv.bench import cases, check, compare, measure, providers, report, run
 from tconv.bench.store import Settings, Store
 from tconv.bench.task import COLUMNS, base_row
 from tconv.bench.terminal import Refused
@@ -239,6 +239,18 @@ def test_charts(tmp_path):
         plots.draw({"head": {}, "rows": []}, str(tmp_path))
 
 
+def test_results_merge():
+    new = {"head": {"commit": "b"}, "rows": [row(ms=1.0), row(provider="cudnn", ms=2.0)]}
+    old = {
+        "head": {"commit": "a"},
+        "rows": [row(ms=4.0), row(provider="compile", ms=0.1), row(ms=8.0, **{"pass": "x"})],
+    }
+    merged = report.merge([new, old])
+    assert [(r["provider"], r["pass"], r["ms"]) for r in merged["rows"]][2:] == [("tconv", "x", 8.0)]
+    assert [h["commit"] for h in report.heads(merged)] == ["b", "a"]
+    assert report.heads(new) == [new["head"]]
+
+
 def test_report_into_a_page(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -404,6 +416,41 @@ def test_a_crash_costs_its_case_alone(capsys, no_gpu):
     assert rows["2"]["note"] == "RuntimeError: not today" and rows["1"]["note"].startswith("forward: rms error")
     assert rows["1"]["ms"] is None
     assert code == 1 and "CRASHED" not in text and "crashed" in text and "WRONG" in text
+
+
+STUB = """
+import json, os, sys, time
+request = json.load(sys.stdin)
+print(json.dumps({"head": {"device": "none"}}), flush=True)
+if request["precision"] == "tf32":
+    os.abort()
+if request["precision"] == "fp32":
+    time.sleep(100)
+check = {"status": "ok", "rms_err": {"torch": 1e-3, "tconv": 1e-3}}
+model = {k: request[k] for k in ("spec", "precision", "memory_format")}
+print(json.dumps({"model": model | {"converted": "1 of 1", "check": check, "rows": []}}))
+"""
+
+
+def test_a_crash_costs_its_model_alone(capsys, no_gpu, monkeypatch):
+    monkeypatch.setattr(cli, "_has_gpu", lambda: True)
+    monkeypatch.setattr(run.Worker, "module", "stub")
+    (no_gpu / "stub.py").write_text(STUB)
+    argv = ["--model", "mine:make", "--precision", "tf32", "fp32", "bf16", "--timeout", "2", "--output", "r.json"]
+    code, text = out_of(capsys, *argv, "--plain")
+    crashed, late, right = json.loads((no_gpu / "r.json").read_text())["models"]
+    assert crashed["check"] == {"status": "crashed", "note": "signal 6"}
+    assert late["check"] == {"status": "timeout", "note": "no result after 2 s"}
+    assert right["check"]["status"] == "ok"
+    assert "mine:make, tf32, contiguous: CRASHED, not timed" in text and "fp32, contiguous: TIMEOUT" in text
+    assert code == 1 and "bf16, contiguous: checked" in text
+
+
+def test_a_worker_refuses_what_is_no_model(no_gpu):
+    (no_gpu / "refused.py").write_text("def make():\n    raise RuntimeError('no weights')\n")
+    request = {"mode": "model", "gpu": False, "spec": "refused:make", "precision": "tf32"}
+    with pytest.raises(Refused, match=r"--model refused:make: make\(\) raised RuntimeError: no weights"):
+        print(*run.run_models([request | {"memory_format": "contiguous", "budget": 1.0, "most": 1}], 100))
 
 
 def test_resume(capsys, no_gpu):

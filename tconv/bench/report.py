@@ -141,6 +141,21 @@ def case_cells(s: Speedup) -> list[str]:
     return [s.name, *own, s.rival["provider"], f"{s.rival['ms']:.4f}", f"{s.ratio:.2f}x"]
 
 
+def merge(results: list[dict]) -> dict:
+    """Several results as one.  A case that more than one of them holds comes from the first, with all its providers."""
+    rows: list[dict] = []
+    for result in results:
+        known = {tuple(r[k] for k in KEY) for r in rows}
+        rows += [r for r in result["rows"] if tuple(r[k] for k in KEY) not in known]
+    lists = {key: [r for x in results for r in x.get(key) or ()] for key in ("first_calls", "models")}
+    return dict(results[0], rows=rows, heads=[x["head"] for x in results], **lists)
+
+
+def heads(result: dict) -> list[dict]:
+    """The heads of a result, or of all that were merged into it."""
+    return result.get("heads") or [result["head"]]
+
+
 def describe_head(head: dict) -> str:
     """The device and versions, and the roofs as they were measured."""
     keys = ("device", "driver", "torch", "triton", "cudnn", "commit", "date")
@@ -201,9 +216,12 @@ def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tu
 
 def model_sections(model: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """The tables of a whole model: its steps, and its layers in them."""
-    errors = model["check"]["rms_err"]
     title = f"{model['spec']}, {model['precision']}, {model['memory_format']}"
-    if model["check"]["status"] != "ok":
+    status = model["check"]["status"]
+    if status in ("crashed", "timeout"):
+        return [(f"{title}: {status.upper()}, not timed", ["", "why"], [["its process", model["check"]["note"]]])]
+    errors = model["check"]["rms_err"]
+    if status != "ok":
         why = f"rms error {errors['tconv']:.1e}, torch's is {errors['torch']:.1e}"
         return [(f"{title}: WRONG, not timed", ["", "why"], [["outputs and gradients against fp64", why]])]
     columns = ["step", "torch ms", "in transposed convolutions", "converted ms", "in them then", "speed-up"]
@@ -241,8 +259,8 @@ def verdict(found: list[Speedup]) -> str:
 def markdown(result: dict, summary: bool = False, charts: Iterable[Path] = (), page: str = "") -> str:
     """The report for a page, such as README: what it comes to, charts, tables; long tables last and folded."""
     found = speedups(result["rows"])
-    head = describe_head(result["head"]).splitlines()
-    text = ["  \n".join(head[:1] if summary else head), ""]
+    described = [describe_head(head).splitlines() for head in heads(result)]
+    text = ["  \n".join(line for lines in described for line in (lines[:1] if summary else lines)), ""]
     if found:
         text += [verdict(found), ""]
     for chart in charts:
