@@ -450,7 +450,7 @@ def test_a_worker_refuses_what_is_no_model(no_gpu):
     (no_gpu / "refused.py").write_text("def make():\n    raise RuntimeError('no weights')\n")
     request = {"mode": "model", "gpu": False, "spec": "refused:make", "precision": "tf32"}
     with pytest.raises(Refused, match=r"--model refused:make: make\(\) raised RuntimeError: no weights"):
-        print(*run.run_models([request | {"memory_format": "contiguous", "budget": 1.0, "most": 1}], 100))
+        list(run.run_models([request | {"memory_format": "contiguous", "budget": 1.0, "most": 1}], 100))
 
 
 def test_resume(capsys, no_gpu):

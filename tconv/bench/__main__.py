@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 from . import cases
@@ -52,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     run.add_argument("--quick", action="store_true", help="fewer repetitions, no cold first calls")
     run.add_argument("--budget", type=float, metavar="S", help="seconds of timing a pass of a case; default 0.25")
-    run.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a case may take; default 300")
+    run.add_argument(
+        "--timeout", type=float, default=300, metavar="S", help="seconds a case or a model may take; default 300"
+    )
     run.add_argument("--compilers", type=int, metavar="N", help="processes that compile beforehand; 0 for none")
 
     report = commands.add_parser("report", help="tables and charts of results")
@@ -137,20 +140,23 @@ def command_run(args) -> int:
 
 
 def _run_model(args) -> int:
-    from . import model
-    from .measure import head
-
     if not _has_gpu():
-        print(model.describe_model(args.model))
+        from .model import describe_model
+
+        print(describe_model(args.model))
         print("No CUDA device: nothing was measured.")
         return 0
-    result: dict = {"head": head(True), "settings": {}, "rows": [], "models": []}
-    for precision in args.precision or ("tf32",):
-        for memory_format in args.formats or ("contiguous",):
-            budget, most = (0.5, 20) if args.quick else (5.0, 100)
-            measured = model.measure_model(args.model, precision, memory_format, args.budget or budget, most)
-            result["models"].append(measured)
-            print(measured["converted"])
+    from .run import run_models
+
+    budget, most = (0.5, 20) if args.quick else (5.0, 100)
+    common = {"mode": "model", "gpu": True, "spec": args.model, "budget": args.budget or budget, "most": most}
+    axes = product(args.precision or ("tf32",), args.formats or ("contiguous",))
+    requests = [common | {"precision": precision, "memory_format": form} for precision, form in axes]
+    result: dict = {"head": {}, "settings": {}, "rows": [], "models": []}
+    for told in run_models(requests, args.timeout):
+        result["head"] = result["head"] or told["head"]
+        result["models"].append(told["model"])
+        print(told["model"].get("converted") or told["model"]["check"]["note"], flush=True)
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     show(result, args.plain)
     print(f"written: {args.output}")
@@ -161,7 +167,8 @@ def show(result: dict, plain: bool, cases: bool = True, summary: bool = False) -
     """Print a result's tables."""
     from . import report
 
-    print(report.describe_head(result["head"]))
+    for head in report.heads(result):
+        print(report.describe_head(head))
     for title, columns, rows in report.sections(result, cases, summary):
         table(title, columns, rows, plain)
 
@@ -188,9 +195,7 @@ def command_report(args) -> int:
     from . import plots, report
 
     results = [report.load(path) for path in args.results]
-    merged = dict(results[0], rows=[r for x in results for r in x["rows"]])
-    for key in ("first_calls", "models"):
-        merged[key] = [r for x in results for r in x.get(key) or ()]
+    merged = report.merge(results)
     if not args.markdown and not args.into:
         show(merged, args.plain, summary=args.summary)
     charts = plots.draw(merged, args.plots) if args.plots else []

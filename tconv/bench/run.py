@@ -1,7 +1,8 @@
 """A run: which tasks, and the worker processes that do them.
 
 A worker measures many tasks in turn.  What it reports is appended to RESULT.json.partial at once; when it dies, the
-task at hand is marked as crashed and another worker goes on with the next.
+task at hand is marked as crashed and another worker goes on with the next.  A model has a worker for each precision
+and memory format.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,12 @@ def environment(gpu: bool, **more: str) -> dict:
 class Worker:
     """A process of tconv.bench.worker: its messages one by one, and what it wrote to standard error."""
 
+    module = "tconv.bench.worker"
+
     def __init__(self, request: dict, **env: str):
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tconv.bench.worker"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -173,6 +177,30 @@ def _batch(settings: Settings, store: Store, progress: Any, batch: list[dict]) -
     store.take({"row": row})
     store.take({"end": current["id"]})
     progress.line(f"{describe(current)}: {status}, {note}")
+
+
+def run_models(requests: list[dict], timeout: float) -> Iterator[dict]:
+    """For each request a worker's {"head": ..., "model": ...}; a crash or timeout stands in the check of its model.
+
+    Raises Refused where the model cannot be loaded or checked.
+    """
+    for request in requests:
+        worker, status = Worker(request), "crashed"
+        told: dict = {"head": {}}
+        try:
+            while message := worker.next(timeout if told["head"] else max(timeout, 300.0)):
+                told |= message
+        except queue.Empty:
+            status = "timeout"
+        finally:
+            worker.stop()
+        if "refused" in told:
+            raise Refused(told["refused"])
+        if "model" not in told:
+            note = worker.last_words() if status == "crashed" else f"no result after {timeout:.0f} s"
+            asked = {k: request[k] for k in ("spec", "precision", "memory_format")}
+            told["model"] = asked | {"check": {"status": status, "note": note}, "rows": []}
+        yield told
 
 
 def describe(task: dict) -> str:

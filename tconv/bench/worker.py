@@ -1,7 +1,8 @@
-"""The process that checks and measures cases: a request on standard input, JSON lines on standard output.
+"""The process that checks and measures cases, or one model: a request on standard input, JSON lines on standard output.
 
-A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}.  A case that kills the process costs itself
-alone: `run` starts another for the rest.  A task is one case at one precision in one memory format.
+A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text}.
+A case that kills the process costs itself alone: `run` starts another for the rest.  A task is one case at one
+precision in one memory format.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 
 from . import cases, measure, providers
 from .measure import Run
+from .model import measure_model
 from .task import SPENT, Task, Truth, failure, run_task, spent
+from .terminal import Refused
 
 
 def compile_kernels(request: dict) -> None:
@@ -64,6 +67,12 @@ def main() -> None:
         compile_kernels(request)
     elif mode == "first":
         say(first=first_calls(request))
+    elif mode == "model":
+        say(head=measure.head(request["gpu"]))
+        try:
+            say(model=measure_model(*(request[k] for k in ("spec", "precision", "memory_format", "budget", "most"))))
+        except Refused as error:
+            say(refused=str(error))
     else:
         head = measure.head(request["gpu"])
         if request["head"] is None:
