@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The release that the environment is pinned to; any from 2.11 on will do: `make test TORCH=torch`.
 TORCH ?= torch==2.13.0
-# The Triton releases for which the kernels are compiled ahead of time: the oldest and the newest served.
-RELEASES := 3.6.0 3.9.0
+# The Triton releases for which the kernels are compiled ahead of time: all that are served.
+RELEASES := 3.6.0 3.7.1 3.8.0 3.9.0
 TRITON_DIRS := $(RELEASES:%=.cache/triton-%)
 WORKERS ?= auto
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import prod
 
 from .configs import Target, cdiv, power_of_two
@@ -93,6 +94,7 @@ def make(
     pixels: int,
     kb: int,
     shared: bool,
+    all_phases: bool,
     src_layout: str,
     dst_layout: str,
     src_vector: int,
@@ -120,35 +122,34 @@ def make(
     taps_all = height.kernel * width.kernel
     joined = width.stride if dst_layout == "width" else 1
     most = min(pixels, 16384 // (64 * joined * size))
-    # All weights stay in shared memory where they fit, and all phases along the height read one tile where the stages
-    # of its blocks of channels (and one more, for the next tile) fit.
-    for resident, all_phases, chunk in (
-        (True, True, most), (True, True, most // 2), (False, True, most), (False, True, most // 2), (False, False, most)
-    ):  # fmt: skip
-        if not shared and not resident:
-            return None
-        buffers = 2 * 64 * chunk * joined * size
-        lows = [min((d for _, d in taps), default=0) for taps in by_h]
-        if all_phases:
-            lows = [min(lows)] * height.stride
-        span = max((d - lo for taps, lo in zip(by_h, lows) for _, d in taps), default=0)
-        taps = tuple(
-            tuple(
-                (b, kh * width.kernel + kw, (dh - lows[a]) * box + dw - low_w)
-                for kh, dh in by_h[a]
-                for b in range(width.stride)
-                for kw, dw in by_w[b]
-            )
-            for a in range(height.stride)
+    lows = [min((d for _, d in taps), default=0) for taps in by_h]
+    if all_phases:
+        lows = [min(lows)] * height.stride
+    span = max((d - lo for taps, lo in zip(by_h, lows) for _, d in taps), default=0)
+    taps = tuple(
+        tuple(
+            (b, kh * width.kernel + kw, (dh - lows[a]) * box + dw - low_w)
+            for kh, dh in by_h[a]
+            for b in range(width.stride)
+            for kw, dw in by_w[b]
         )
-        halo_rows = rows + span
-        unit = max(pixels, bring)
-        pitch = cdiv(halo_rows * box, unit) * unit
-        furthest = max((s for row in taps for _, _, s in row), default=0) + pixels * (2 if shared else 1)
-        slack = cdiv(max(0, furthest - pitch), 8) * 8 * kb * size
-        stage = pitch * kb * size
-        # A tile's stages are released with its last phase; with fewer for the next tile, that one would wait.
-        least = 2 * blocks if all_phases and (height.stride > 1 or not shared) else 2
+        for a in range(height.stride)
+    )
+    halo_rows = rows + span
+    unit = max(pixels, bring)
+    pitch = cdiv(halo_rows * box, unit) * unit
+    furthest = max((s for row in taps for _, _, s in row), default=0) + pixels * (2 if shared else 1)
+    slack = cdiv(max(0, furthest - pitch), 8) * 8 * kb * size
+    stage = pitch * kb * size
+    # All phases release a tile's blocks with the last of them, and with a tile each, blocks of two tiles are under way:
+    # stages for two tiles, or for one block more, without which the ring would stand still.
+    held = all_phases and (height.stride > 1 or not shared)
+    wanted = (2 * blocks, blocks + 1) if held else (2,)
+    # All weights stay in shared memory where they fit.
+    for least, resident, chunk in product(wanted, (True, False), (most, most // 2)):
+        if (resident and not all_phases) or (not resident and not shared):
+            continue  # a tile a phase streams its weights, a tile each does not
+        buffers = 2 * 64 * chunk * joined * size
         slots = taps_all * blocks
         if not resident:
             slots = 8 if buffers + slack + least * stage + 8 * block <= SHARED else 4
@@ -157,12 +158,13 @@ def make(
             break
     else:
         return None
-    stages = min(stages, max(4, least))
+    stages = min(stages, max(4, wanted[0]))
     low = tuple(lows[:1] if all_phases else lows)
+    registers = (240, 24) if by_tma else (192, 128) if size == 4 else (184, 136)  # so that fewest are spilt
     return Shift(
         taps, taps_all, low, low_w, height.stride, width.stride, rows, halo_rows, box, useful, pixels, shared, size,
         dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk, src_layout, dst_layout,
-        by_tma, src_vector, dst_vector, bring, (240, 24) if by_tma else (192, 128),
+        by_tma, src_vector, dst_vector, bring, registers,
     )  # fmt: skip
 
 
@@ -176,6 +178,7 @@ class Walk:
     tiles_w: int
     tiles: int
     grid: int
+    width: int  # of the input
 
 
 def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors) -> Walk:
@@ -189,13 +192,13 @@ def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors) -> Wal
     grid = min(tiles, processors)
     if tile.resident:  # a CTA keeps the weights of one channel tile
         grid = max(tiles_co, grid // tiles_co * tiles_co)
-    return Walk(image, blocks, tiles_co, tiles_w, tiles, grid)
+    return Walk(image, blocks, tiles_co, tiles_w, tiles, grid, size[1])
 
 
 # Rates of one SM of an H200 in a cycle, for comparing tiles with each other: multiply-adds, and bytes through registers,
 # by TMA, of weights and to the output; and cycles that a block of channels and a tap of it cost beside them.
 MULTIPLY_ADDS = {2: 1760, 4: 880}
-THREADS, TMA, WEIGHTS, OUTPUT = 12, 40, 40, 24
+THREADS, TMA, WEIGHTS, OUTPUT = 12, 40, 40, 14
 BLOCK, TAP = 150, 25
 COPY = 60  # cycles of a bulk copy beside its bytes: one a row
 LINE = 128  # bytes: shorter runs of neighbouring addresses waste part of a memory transaction
@@ -211,18 +214,24 @@ def cycles(tile: Shift, walked: Walk) -> float:
     multiply = pixels * CO * channels * taps / rate + walked.blocks * phases * (BLOCK + TAP * taps / phases)
     run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
     store = pixels * CO * phases * tile.stride_w * tile.size / OUTPUT / run
-    run = min(1.0, tile.box * tile.size / LINE) if tile.src_layout == "width" else 1.0
+    run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if tile.src_layout == "width" else 1.0
     bring = tile.halo_rows * tile.box * channels * tile.size / (TMA if tile.by_tma else THREADS * run)
     if tile.by_tma:
         bring += COPY * tile.halo_rows * walked.blocks
     weights = 0 if tile.resident else taps * channels * CO * tile.size / WEIGHTS
     # With a tile each, one group of warps multiplies while the other stores.
     step = max(multiply + store, bring, weights) if tile.shared else max(multiply, (multiply + store) / 2, bring)
+    # What is released with the last phase alone leaves no stages to bring the next tile meanwhile; bulk copies make up
+    # for it, threads did not: k4 s2 at TF32 took 2.5 ms where 1.0 is had with a tile a phase.
+    if phases > 1 and not tile.by_tma and tile.stages < 2 * walked.blocks:
+        step = multiply + store + bring
+    step += 0.1 * bring  # of two as quick, the one that reads less
     return cdiv(walked.tiles, walked.grid) * step + store + bring / walked.blocks
 
 
-def candidates(width: Axis, dtype: str, columns_out: int, c_in: int, by_tma: bool, vector: int) -> Iterator[tuple]:
-    """(box, pixels, kb, shared) worth trying."""
+def candidates(axes, dtype: str, columns_out: int, c_in: int, by_tma: bool, vector: int) -> Iterator[tuple]:
+    """(box, pixels, kb, shared, all_phases) worth trying."""
+    height, width = axes
     offsets = [d for b in range(width.stride) for _, d in width.taps(b)]
     halo = max(offsets) - min(offsets)
     exact = cdiv(columns_out + halo + (vector if vector > 1 else 0), vector) * vector
@@ -231,15 +240,15 @@ def candidates(width: Axis, dtype: str, columns_out: int, c_in: int, by_tma: boo
         boxes.add(exact)
     kb = power_of_two(c_in, 16, 32 if dtype == "fp32" else 64)  # rows of 128 bytes
     # The accumulators of all phases along the width have at most 256 columns, and 128 each where the producers' threads
-    # leave a consumer's 160 registers.
+    # leave a consumer 192 registers.
     for pixels in (64, 128, 256):
-        for shared in (True, False):
-            for box in sorted(boxes):
-                fits = pixels * width.stride <= 256 and (by_tma or pixels <= 128)
-                # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.
-                fits = fits and (shared or by_tma or dtype == "fp32")
-                if fits and box <= pixels * (2 if shared else 1):
-                    yield box, pixels, kb, shared
+        for shared, all_phases in ((True, True), (True, False), (False, True)):
+            fits = pixels * width.stride <= 256 and (by_tma or pixels <= 128) and (all_phases or height.stride > 1)
+            # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.
+            if fits and (shared or by_tma or dtype == "fp32"):
+                for box in sorted(boxes):
+                    if box <= pixels * (2 if shared else 1):
+                        yield box, pixels, kb, shared, all_phases
 
 
 def refuse(geometry, c_in, c_out, large, precision, source, destination, vector, target: Target) -> str:
@@ -268,7 +277,7 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
 
 
 # Below this share of the tensor core's rate by the model above, the portable kernels fill the GPU better.
-LEAST_SHARE = 0.12
+LEAST_SHARE = 0.05
 
 
 @lru_cache(maxsize=4096)
@@ -285,12 +294,8 @@ def choose(
     dst_vector = 4 if output[1] % 4 == 0 else 1
     layouts = {"width": "width", "vectors": "channels"}
     best = None
-    for box, pixels, kb, shared in candidates(
-        axes[1], dtype, cdiv(output[1], axes[1].stride), c_in, by_tma, src_vector
-    ):
-        tile = make(
-            axes, dtype, c_in, box, pixels, kb, shared, layouts[source], layouts[destination], src_vector, dst_vector
-        )  # fmt: skip
+    for candidate in candidates(axes, dtype, cdiv(output[1], axes[1].stride), c_in, by_tma, src_vector):
+        tile = make(axes, dtype, c_in, *candidate, layouts[source], layouts[destination], src_vector, dst_vector)
         if tile is None:
             continue
         cost = cycles(tile, walk(tile, axes, batch, c_in, c_out, size, output, processors))

@@ -93,7 +93,7 @@ def test_tiles_make_the_convolution(name, dtype):
     for source, vector in (("width", 1), ("width", 2), ("channels", 1)):
         by_tma = source == "channels" and dtype == "bf16"
         columns = -(-exact.shape[3] // g.stride[1])
-        for candidate in shift.candidates(g.axes[1], dtype, columns, 20, by_tma, vector):
+        for candidate in shift.candidates(g.axes, dtype, columns, 20, by_tma, vector):
             tile = shift.make(g.axes, dtype, 20, *candidate, source, "width", vector, 4)
             # One tile of each kind: the CPU carries them out pixel by pixel.
             if tile is None or (kind := (source, vector, tile.shared, tile.all_phases, tile.box == 16)) in kinds:
@@ -121,7 +121,8 @@ def test_tiles_fit(suite):
             rows = tile.ring + tile.slots * shift.CO
             assert (rows * tile.kb + 2 * shift.CO * tile.chunk * joined) * tile.size <= shift.SHARED
             assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.box
-            assert tile.stages >= (2 * blocks if tile.all_phases and (tile.stride_h > 1 or not tile.shared) else 2)
+            held = tile.all_phases and (tile.stride_h > 1 or not tile.shared)
+            assert tile.stages >= (blocks + 1 if held else 2)
             assert tile.shared or (tile.resident and tile.all_phases)
             assert tile.pixels * tile.stride_w <= 256
             assert not tile.resident or tile.slots == tile.taps_all * blocks
@@ -139,7 +140,7 @@ def test_tiles_fit(suite):
         (dict(c_out=16), "few channels"),
         (dict(source="strided"), "of the tensors' strides"),
         (dict(source="vectors", vector=4), "the input is not aligned to 16 bytes"),
-        (dict(batch=1, c_out=64, input_size=(4, 4)), "too small for the shift kernel's tiles"),
+        (dict(batch=1, c_out=64, input_size=(2, 2)), "too small for the shift kernel's tiles"),
     ),
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -160,18 +161,33 @@ class Case:
 
 
 CASES = (
-    Case("k4s2", (6, 64, 33, 40), (64, 64, 4, 4), dict(stride=2, padding=1)),
-    Case("k4s2_streamed", (5, 512, 9, 8), (512, 192, 4, 4), dict(stride=2, padding=1)),
-    Case("k3s2", (8, 96, 31, 17), (96, 80, 3, 3), dict(stride=2, padding=1, output_padding=1)),
-    Case("k5s2", (4, 208, 20, 24), (208, 64, 5, 5), dict(stride=2, padding=2, output_padding=1)),
-    Case("k2s2", (7, 128, 29, 30), (128, 48, 2, 2), dict(stride=2)),
-    Case("k3", (9, 64, 37, 29), (64, 64, 3, 3), dict(padding=1)),
-    Case("k3x5_dilated", (5, 32, 40, 26), (32, 64, 3, 5), dict(padding=(0, 3), dilation=(2, 1))),
-    Case("s4x1", (6, 96, 20, 50), (96, 48, 8, 1), dict(stride=(4, 1))),
-    Case("1d_k4s2", (4, 128, 3001), (128, 64, 4), dict(stride=2, padding=1)),
-    Case("1d_k3", (3, 64, 8191), (64, 96, 3)),
-    Case("narrow", (64, 256, 4, 4), (256, 256, 4, 4), dict(stride=2, padding=1)),
+    Case("k4s2", (16, 64, 65, 80), (64, 64, 4, 4), dict(stride=2, padding=1)),
+    Case("k4s2_streamed", (24, 512, 17, 16), (512, 192, 4, 4), dict(stride=2, padding=1)),
+    Case("k3s2", (40, 96, 63, 33), (96, 80, 3, 3), dict(stride=2, padding=1, output_padding=1)),
+    Case("k5s2", (16, 208, 40, 48), (208, 64, 5, 5), dict(stride=2, padding=2, output_padding=1)),
+    Case("k2s2", (32, 128, 59, 62), (128, 48, 2, 2), dict(stride=2)),
+    Case("k3", (20, 64, 75, 59), (64, 64, 3, 3), dict(padding=1)),
+    Case("k3x5_dilated", (24, 32, 80, 52), (32, 64, 3, 5), dict(padding=(0, 3), dilation=(2, 1))),
+    Case("s4x1", (16, 96, 40, 100), (96, 48, 8, 1), dict(stride=(4, 1))),
+    Case("1d_k4s2", (8, 128, 6001), (128, 64, 4), dict(stride=2, padding=1)),
+    Case("1d_k3", (6, 64, 16383), (64, 96, 3)),
+    Case("narrow", (400, 256, 4, 4), (256, 256, 4, 4), dict(stride=2, padding=1)),
 )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_cases_take_the_shift_kernel(case):
+    """By the plan for a Hopper GPU: what the next test runs there is this kernel."""
+    ndim = len(case.input) - 2
+    values = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1} | case.layer
+    values = {k: (v,) * ndim if isinstance(v, int) else v for k, v in values.items()}
+    g = Geometry(case.weight[2:], values["stride"], values["padding"], values["output_padding"], 1, values["dilation"])
+    for dtype, source in itertools.product((torch.float32, torch.float16, torch.bfloat16), ("width", "vectors")):
+        sizes = case.input[0], case.input[1], case.weight[1], case.input[2:]
+        vector = 16 if source == "vectors" else 1
+        for destination in {source, "vectors" if ndim == 2 else "width"}:
+            problem = Problem("forward", g, *sizes, dtype, True, source, destination, vector)
+            assert plan(problem, TARGET).family == "shift", (dtype, source, destination)
 
 
 @pytest.mark.gpu

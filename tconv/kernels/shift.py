@@ -269,6 +269,16 @@ def _half(v):
 
 
 @gluon.jit
+def _here(i, p: gl.constexpr):
+    """A zero that keeps a store's arithmetic behind the multiplications where registers are few: done before them, it
+    would push accumulators out.  Where the input comes by bulk copies there are registers for it."""
+    if p.by_tma:
+        return 0
+    else:
+        return _opaque_zero(i)
+
+
+@gluon.jit
 def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, co, FIRST: gl.constexpr, p: gl.constexpr):
     """Write a chunk [CO, pixels (times joined phases)] where neighbouring pixels are neighbours in memory."""
     image, n_in, c_out, h_out, w_out, y_n, y_c, y_h = (
@@ -277,10 +287,7 @@ def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, co, FIRST: gl.constex
     layout: gl.constexpr = _store_layout(p)
     buffer.store(v)
     v = buffer.load(layout)
-    # Opaque, or the arithmetic of all chunks would be done before the multiplications and spilt.
-    flat = (FIRST + _opaque_zero(co) * 16) * p.joined + gl.arange(
-        0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout)
-    )
+    flat = (FIRST + _here(co, p) * 16) * p.joined + gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout))
     c = co + gl.arange(0, CO, layout=gl.SliceLayout(1, layout))
     r = flat // (p.box * p.joined)
     column = flat % (p.box * p.joined)
@@ -301,7 +308,7 @@ def _store_channels(v, buffer, y, sizes, phase, tile_w, row, co, FIRST: gl.const
     layout: gl.constexpr = _store_layout(p)
     buffer.store(v.permute((1, 0)))
     v = buffer.load(layout)
-    pixel = FIRST + _opaque_zero(co) * 16 + gl.arange(0, p.chunk, layout=gl.SliceLayout(1, layout))
+    pixel = FIRST + _here(co, p) * 16 + gl.arange(0, p.chunk, layout=gl.SliceLayout(1, layout))
     c = co + gl.arange(0, CO, layout=gl.SliceLayout(0, layout))
     r = pixel // p.box
     column = pixel % p.box
