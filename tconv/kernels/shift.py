@@ -2,7 +2,7 @@
 
 A tile of input pixels with its halo lies in swizzled shared memory, one pixel a row of KB channels.  Every tap's wgmma
 takes that same tile, seen some pixels further on, as its operand B; operand A is the tap's weight.  One CTA an SM walks
-over tiles; two groups of warps multiply (half of the pixels each), one brings the input, one the weights.
+over tiles; two groups of warps multiply (half of a tile's pixels each, or every other tile), others bring the operands.
 
 M = 64 output channels, N = pixels of one phase, K = input channels times the phase's taps (docs/kernels.md).
 """
