@@ -12,7 +12,7 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from . import aten, shift
-from .configs import Config, cdiv
+from .configs import Config, cdiv, power_of_two
 from .dispatch import Plan, Problem, allow_tf32, plan, target_of, unsupported
 from .geometry import Geometry
 
@@ -91,6 +91,8 @@ def vector(t: torch.Tensor, source: str) -> int:
     """The power of two, at most 16, that divides an activation's address and strides in elements (but that of the
     contiguous dimension), and its width where that is the contiguous one."""
     strides = [st for st, n in zip(t.stride(), t.shape) if n > 1 and st != 1]
+    if 0 in strides:  # expanded: no bulk copy takes that
+        return 1
     width = [t.shape[-1]] if source == "width" else []
     address = 0 if t.device.type == "meta" else t.data_ptr() // t.element_size()
     together = gcd(16, address, *strides, *width)
@@ -293,35 +295,64 @@ def pack(weight, roles, taps, groups, c_src, c_dst, block_n, block_k, tf32: bool
     return packed
 
 
+def pack_folded(weight, geometry: Geometry, tile: shift.Shift, tf32: bool) -> torch.Tensor:
+    """The weight as a shift tile with folded phases takes it: [taps and offsets, rows of M, input channel]."""
+    from .kernels.shift import pack_folded as kernel
+
+    (c_in, c_out), (kd, kh, kw), fold = weight.shape[:2], sizes3(weight.shape[2:]), tile.fold
+    width, height, entries = cdiv(c_in, tile.kb) * tile.kb, cdiv(c_out, fold.channels) * shift.M, sum(fold.count)
+    packed = torch.empty((kd * kh * entries, height, width), dtype=weight.dtype, device=weight.device)
+    (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
+    axis = geometry.axes3[2]
+    block_c = min(64, width)
+    kernel[(kd * kh * cdiv(height, fold.phases) * cdiv(width, block_c),)](
+        weight, packed, c_in, c_out, kh, kw, *strides5(weight), axis.stride, axis.padding, axis.dilation,
+        low0, count0, low1, count1,
+        PHASES=fold.phases,
+        TF32=tf32,
+        BLOCK_K=tile.kb,
+        BLOCK_E=power_of_two(entries * fold.phases, 1, 1 << 10),
+        BLOCK_C=block_c,
+    )  # fmt: skip
+    return packed
+
+
 def forward_shift(chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
-    """Launch the shift kernel; 1-d layers run as 2-d ones of one row."""
+    """Launch the shift kernel; 1-d and 2-d layers run as 3-d ones of one row or one plane."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .kernels import shift as kernels
 
     tile = chosen.config
     assert isinstance(tile, shift.Shift)
-    (batch, c_in), (_, h_in, w_in) = input.shape[:2], sizes3(input.shape[2:])
-    c_out, (_, h_out, w_out) = output.shape[1], sizes3(output.shape[2:])
-    x_n, x_c, _, x_h, x_w = strides5(input)
-    y_n, y_c, _, y_h, y_w = strides5(output)
+    (batch, c_in), c_out = input.shape[:2], output.shape[1]
+    (d_in, h_in, w_in), (d_out, h_out, w_out) = size, out = sizes3(input.shape[2:]), sizes3(output.shape[2:])
+    x_n, x_c, x_d, x_h, x_w = strides5(input)
+    y_n, y_c, y_d, y_h, y_w = strides5(output)
     w_i, w_o, *w_taps = strides5(weight)
-    axes = geometry.axes3[1:]
-    walked = shift.walk(
-        tile, axes, batch, c_in, c_out, (h_in, w_in), (h_out, w_out), target_of(input.device).processors
-    )
+    walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, target_of(input.device).processors)
+    tf32 = chosen.precision == "tf32"
     with on_device(input):
-        packed = pack(weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.CO, tile.kb, chosen.precision == "tf32")
+        if tile.fold.phases > 1:
+            packed = pack_folded(weight, geometry, tile, tf32)
+        else:
+            packed = pack(weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.M, tile.kb, tf32)
         blocks = packed.flatten(0, 1)
         w_layout, x_layout = kernels.descriptor_layouts(tile)
         source = input
-        if tile.by_tma:  # a dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes
-            strides = [x_n or 16, x_h or 16, x_w or 16, 1]
-            shape = [batch, h_in, w_in, c_in]
-            source = TensorDescriptor(input, shape, strides, [1, 1, tile.box, tile.kb], x_layout)
+        if tile.how != "threads":
+            # A dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes.
+            shape, strides = [batch, d_in, h_in, w_in, c_in], [x_n or 16, x_d or 16, x_h or 16, x_w or 16, x_c or 16]
+            box = [1, 1, 1, tile.box if tile.by_tma else tile.bring, tile.kb]
+            order = [0, 1, 2, 3, 4] if tile.src_layout == "channels" else [0, 4, 1, 2, 3]
+            if not tile.volume:
+                order.remove(1)
+            shape, strides, box = ([each[i] for i in order] for each in (shape, strides, box))
+            strides[-1] = 1
+            source = TensorDescriptor(input, shape, strides, box, x_layout)
         kernels.shift[(walked.grid,)](
             source,
-            TensorDescriptor(blocks, list(blocks.shape), list(blocks.stride()), [shift.CO, tile.kb], w_layout),
+            TensorDescriptor(blocks, list(blocks.shape), list(blocks.stride()), [shift.M, tile.kb], w_layout),
             output if bias is None else bias.contiguous(),
             output,
             walked.tiles_co,
@@ -345,6 +376,11 @@ def forward_shift(chosen: Plan, input, weight, bias, output, geometry: Geometry)
             y_h,
             y_w,
             bias is not None,
+            walked.planes,
+            d_in,
+            x_d,
+            d_out,
+            y_d,
             tile,
             num_warps=4,
         )

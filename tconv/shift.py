@@ -15,24 +15,74 @@ from .configs import Target, cdiv, power_of_two
 from .geometry import Axis
 
 SHARED = 232448 - 2048  # bytes of shared memory a block may have on sm_90, less the barriers
-CO = 64  # output channels of a tile
+M = 64  # rows of an accumulator: output channels, times the phases along the width that are folded into them
 TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))  # the releases whose Gluon the kernel was compiled with and run on
-MOST_TAPS = 64  # they are unrolled
-MOST_PHASES = 4  # along the height: each has code of its own
+MOST_TAPS = 64  # along height and width: they are unrolled
+MOST_PHASES = 8  # along the height: each has code of its own
+MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
+MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How the phases along the width share accumulators: phase b is row b % phases of each channel in accumulator
+    b // phases.  With one phase an accumulator its taps are the weight's own; with more, an accumulator has a block of
+    weights for each input offset that any of its phases reads, with zeros for those that do not."""
+
+    phases: int  # of an accumulator, a power of two
+    accumulators: int  # 1 or 2
+    low: tuple[int, ...]  # of each accumulator, the first input offset and how many follow, where phases > 1
+    count: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a tile."""
+        return M // self.phases
+
+    @property
+    def joined(self) -> int:
+        return self.phases * self.accumulators
+
+
+def fold(width: Axis, phases: int, accumulators: int) -> Fold:
+    """The Fold of an axis; phases * accumulators must be at least its stride."""
+    low, count = [], []
+    for first in range(0, phases * accumulators, phases):
+        offsets = [d for b in range(first, min(first + phases, width.stride)) for _, d in width.taps(b)]
+        low.append(min(offsets, default=0))
+        count.append(max(offsets) - low[-1] + 1 if offsets else 0)
+    return Fold(phases, accumulators, tuple(low), tuple(count))
+
+
+def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
+    """(phases, accumulators) worth trying."""
+    if width.stride == 1:
+        return [(1, 1)]
+    if width.stride == 2:  # folded, few output channels fill an accumulator's rows
+        return [(1, 2), (2, 1)] if c_out <= M // 2 else [(1, 2)]
+    whole = power_of_two(width.stride, 4, MOST_WIDTH_PHASES)
+    return [(whole // 2, 2)] + [(whole, 1)] * (whole <= 8)
+
+
+HOW = {"bulk": "bulk copies", "staged": "bulk copies and threads", "threads": "threads"}
+STAGING = 4  # chunks
 
 
 @dataclass(frozen=True)
 class Shift:
     """A tile of the shift kernel, in the form that it takes."""
 
-    # By phase along the height: (phase along the width, weight tap, shift in pixels) of each tap.
+    # By phase along the height: (accumulator, weight block, shift in pixels) of each tap.
     taps: tuple[tuple[tuple[int, int, int], ...], ...]
+    taps_plane: int  # blocks of weights of one tap along the depth and one block of channels
     taps_all: int
     # First input row that output row 0 reads: of each phase along the height, or of all where one tile does them all.
     low: tuple[int, ...]
     low_w: int
+    depth: Axis  # its taps are summed one after the other: a reading of the input each
     stride_h: int
     stride_w: int
+    fold: Fold
     rows: int  # of a tile, without halo
     halo_rows: int
     box: int  # pixels of a row in shared memory, halo included
@@ -50,17 +100,23 @@ class Shift:
     chunk: int  # pixels that pass through the output buffer at once
     src_layout: str
     dst_layout: str
-    by_tma: bool
+    how: str  # the input comes by "bulk" copies, by "staged" ones with threads behind them, or by "threads" alone
     vector: int  # neighbouring pixels a thread loads
     dst_vector: int
     bring: int  # pixels that the producers' threads load at once
+    staging: int  # chunks of `bring` pixels that bulk copies bring ahead of the threads
     registers: tuple[int, int]  # a thread, of the second consumer and of who brings the input
-    producers: int = 4  # warps
+    producers: int  # warps
 
     @property
     def joined(self) -> int:
         """Phases along the width that are interleaved before the store."""
-        return self.stride_w if self.dst_layout == "width" else 1
+        return self.fold.joined if self.dst_layout == "width" else self.fold.phases
+
+    @property
+    def by_tma(self) -> bool:
+        """Whether nothing but bulk copies brings the input."""
+        return self.how == "bulk"
 
     @property
     def brings(self) -> int:
@@ -76,18 +132,24 @@ class Shift:
         """Whether a tile does all phases along the height, from one reading of its input."""
         return len(self.low) == 1
 
+    @property
+    def volume(self) -> bool:
+        """Whether there is a depth."""
+        return self.depth != Axis(1, 1, 0, 1)
+
     def describe(self) -> str:
         """In words; not __str__, which Triton takes for the key of its cache."""
+        folded = f", {self.fold.phases} phases folded" if self.fold.phases > 1 else ""
         return (
-            f"{self.rows} rows of {self.useful} + {self.box - self.useful} pixels, {self.kb} channels, "
+            f"{self.rows} rows of {self.useful} + {self.box - self.useful} pixels{folded}, {self.kb} channels, "
             f"{self.stages} stages, {self.slots} blocks of weights{' (all)' if self.resident else ''}, "
-            f"{'one tile' if self.shared else 'a tile each'} for two groups of warps"
+            f"{'one tile' if self.shared else 'a tile each'} for two groups of warps, input by {HOW[self.how]}"
         )
 
 
 @lru_cache(maxsize=4096)
 def make(
-    axes: tuple[Axis, Axis],
+    axes: tuple[Axis, Axis, Axis],
     dtype: str,
     c_in: int,
     box: int,
@@ -95,46 +157,65 @@ def make(
     kb: int,
     shared: bool,
     all_phases: bool,
+    folded: tuple[int, int],
+    how: str,
     src_layout: str,
     dst_layout: str,
     src_vector: int,
     dst_vector: int,
 ) -> Shift | None:
     """The tile with `box` pixels a row, or None where it does not fit."""
-    height, width = axes
+    depth, height, width = axes
     size = 4 if dtype == "fp32" else 2
     by_h = [height.taps(a) for a in range(height.stride)]
     by_w = [width.taps(b) for b in range(width.stride)]
     rows = pixels * (2 if shared else 1) // box
-    blocks = cdiv(c_in, kb)
-    columns = [d for taps in by_w for _, d in taps]
-    low_w, high_w = min(columns), max(columns)
-    by_tma = src_layout == "channels" and size == 2
-    bring = 1 if by_tma else 128 if size == 4 else 64  # more would spill
-    align = src_vector if src_layout == "width" else 1
+    f = fold(width, *folded)
+    # (accumulator, block of weights, input offset) of each tap along the width, and how many blocks there are.
+    if f.phases == 1:
+        across = [(b, kw, d) for b, taps in enumerate(by_w) for kw, d in taps]
+        blocks_w = width.kernel
+    else:
+        spans = [(g, low + i) for g, (low, n) in enumerate(zip(f.low, f.count)) for i in range(n)]
+        read = [{d for taps in by_w[g * f.phases : (g + 1) * f.phases] for _, d in taps} for g in range(f.accumulators)]
+        across = [(g, e, d) for e, (g, d) in enumerate(spans) if d in read[g]]
+        blocks_w = len(spans)
+    columns = [d for _, _, d in across]
+    low_w, high_w = min(columns, default=0), max(columns, default=0)
+    staged = how == "staged"
+    bring = {"bulk": 1, "staged": min(64, box & -box), "threads": 128 if size == 4 else 64}[how]  # more would spill
+    if staged and (bring < 16 or not all(depth.taps(a) for a in range(depth.stride))):
+        return None
+    staging = STAGING if staged else 0
+    align = 1 if src_layout == "channels" else 16 // size if staged else src_vector  # a bulk copy starts at 16 bytes
     low_w -= low_w % align
     useful = box - (high_w - low_w)
+    if f.joined != width.stride:
+        dst_vector = 1  # the last phases do not exist
     step = max(align, cdiv(dst_vector, width.stride)) if dst_layout == "width" else align
     useful -= useful % step
     if not rows or useful < 1 or box % align:
         return None
-    block = 64 * kb * size
-    taps_all = height.kernel * width.kernel
-    joined = width.stride if dst_layout == "width" else 1
-    most = min(pixels, 16384 // (64 * joined * size))
+    if dst_layout == "channels" and f.channels * size < 32:
+        return None  # the least that a buffer's swizzle takes
+    block = M * kb * size
+    taps_plane = height.kernel * blocks_w
+    taps_all = depth.kernel * taps_plane
+    read_in = cdiv(c_in, kb) * max(len(depth.taps(a)) for a in range(depth.stride))  # blocks of one tile
+    buffered = f.accumulators if dst_layout == "width" else 1
+    most = min(pixels, 16384 // (M * buffered * size))
     lows = [min((d for _, d in taps), default=0) for taps in by_h]
     if all_phases:
         lows = [min(lows)] * height.stride
     span = max((d - lo for taps, lo in zip(by_h, lows) for _, d in taps), default=0)
     taps = tuple(
         tuple(
-            (b, kh * width.kernel + kw, (dh - lows[a]) * box + dw - low_w)
+            (g, kh * blocks_w + e, (dh - lows[a]) * box + dw - low_w)
             for kh, dh in by_h[a]
-            for b in range(width.stride)
-            for kw, dw in by_w[b]
+            for g, e, dw in across
         )
         for a in range(height.stride)
-    )
+    )  # fmt: skip
     halo_rows = rows + span
     unit = max(pixels, bring)
     pitch = cdiv(halo_rows * box, unit) * unit
@@ -144,13 +225,13 @@ def make(
     # All phases release a tile's blocks with the last of them, and with a tile each, blocks of two tiles are under way:
     # stages for two tiles, or for one block more, without which the ring would stand still.
     held = all_phases and (height.stride > 1 or not shared)
-    wanted = (2 * blocks, blocks + 1) if held else (2,)
+    wanted = (2 * read_in, read_in + 1) if held else (2,)
     # All weights stay in shared memory where they fit.
     for least, resident, chunk in product(wanted, (True, False), (most, most // 2)):
         if (resident and not all_phases) or (not resident and not shared):
             continue  # a tile a phase streams its weights, a tile each does not
-        buffers = 2 * 64 * chunk * joined * size
-        slots = taps_all * blocks
+        buffers = (2 * M * chunk * buffered + staging * bring * kb) * size
+        slots = taps_all * cdiv(c_in, kb)
         if not resident:
             slots = 8 if buffers + slack + least * stage + 8 * block <= SHARED else 4
         stages = (SHARED - buffers - slack - slots * block) // stage
@@ -160,11 +241,15 @@ def make(
         return None
     stages = min(stages, max(4, wanted[0]))
     low = tuple(lows[:1] if all_phases else lows)
-    registers = (240, 24) if by_tma else (192, 128) if size == 4 else (184, 136)  # so that fewest are spilt
+    if how == "bulk":
+        registers = 240, 24
+    else:  # so that fewest are spilt; a warp for the weights takes the registers of four
+        registers = ((192, 128) if size == 4 else (184, 136)) if resident else (184, 120)
     return Shift(
-        taps, taps_all, low, low_w, height.stride, width.stride, rows, halo_rows, box, useful, pixels, shared, size,
-        dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk, src_layout, dst_layout,
-        by_tma, src_vector, dst_vector, bring, registers,
+        taps, taps_plane, taps_all, low, low_w, depth, height.stride, width.stride, f, rows, halo_rows, box, useful,
+        pixels, shared, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk,
+        src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,
+        1 if how == "bulk" else 4,
     )  # fmt: skip
 
 
@@ -172,7 +257,8 @@ def make(
 class Walk:
     """How a grid of CTAs walks over a problem's tiles: what the kernel is told at run time."""
 
-    image: int  # rows from image to image, zero rows between them included
+    image: int  # rows from plane to plane, zero rows between them included
+    planes: int  # of an image, of one phase along the depth
     blocks: int  # of channels
     tiles_co: int
     tiles_w: int
@@ -182,23 +268,25 @@ class Walk:
 
 
 def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors) -> Walk:
-    """Images are stacked along the height, so far apart that a tap never reaches from one to the next."""
-    height = axes[0]
-    rows_out, columns_out = cdiv(output[0], tile.stride_h), cdiv(output[1], tile.stride_w)
+    """Planes (of a volume; otherwise images) are stacked along the height, so far apart that a tap never reaches from
+    one to the next.  Axes and sizes are those of depth, height and width."""
+    height = axes[1]
+    planes, rows_out, columns_out = (cdiv(o, a.stride) for o, a in zip(output, axes))
     reach = [d for a in range(height.stride) for _, d in height.taps(a)]
-    image = max(rows_out, size[0] - min(0, *tile.low), rows_out + max(0, *reach))
-    blocks, tiles_co, tiles_w = cdiv(c_in, tile.kb), cdiv(c_out, CO), cdiv(columns_out, tile.useful)
-    tiles = tiles_co * len(tile.low) * tiles_w * cdiv(batch * image, tile.rows)
+    image = max(rows_out, size[1] - min(0, *tile.low), rows_out + max(0, *reach))
+    blocks, tiles_co, tiles_w = cdiv(c_in, tile.kb), cdiv(c_out, tile.fold.channels), cdiv(columns_out, tile.useful)
+    tiles = tiles_co * len(tile.low) * tile.depth.stride * tiles_w * cdiv(batch * planes * image, tile.rows)
     grid = min(tiles, processors)
     if tile.resident:  # a CTA keeps the weights of one channel tile
         grid = max(tiles_co, grid // tiles_co * tiles_co)
-    return Walk(image, blocks, tiles_co, tiles_w, tiles, grid, size[1])
+    return Walk(image, planes, blocks, tiles_co, tiles_w, tiles, grid, size[2])
 
 
 # Rates of one SM of an H200 in a cycle, for comparing tiles with each other: multiply-adds, and bytes through registers,
-# by TMA, of weights and to the output; and cycles that a block of channels and a tap of it cost beside them.
+# by bulk copies, of weights and to the output; and cycles that a block of channels and a tap of it cost beside them.
 MULTIPLY_ADDS = {2: 1760, 4: 880}
-THREADS, TMA, WEIGHTS, OUTPUT = 12, 40, 40, 14
+BRING = {"bulk": 40, "staged": 20, "threads": 12}
+WEIGHTS, OUTPUT = 40, 14
 BLOCK, TAP = 150, 25
 COPY = 60  # cycles of a bulk copy beside its bytes: one a row
 LINE = 128  # bytes: shorter runs of neighbouring addresses waste part of a memory transaction
@@ -207,67 +295,77 @@ LINE = 128  # bytes: shorter runs of neighbouring addresses waste part of a memo
 def cycles(tile: Shift, walked: Walk) -> float:
     """About how many cycles the busiest SM takes."""
     phases = tile.stride_h if tile.all_phases else 1
-    taps = tile.taps_all * phases / tile.stride_h
+    readings = tile.depth.kernel / tile.depth.stride
+    taps = tile.taps_plane * phases / tile.stride_h * readings
     pixels = tile.pixels * (2 if tile.shared else 1)
+    blocks = walked.blocks * readings
     channels = walked.blocks * tile.kb
     rate = MULTIPLY_ADDS[tile.size] * (0.75 if tile.pixels == 64 else 1.0)  # operand A's share of shared memory's rate
-    multiply = pixels * CO * channels * taps / rate + walked.blocks * phases * (BLOCK + TAP * taps / phases)
+    multiply = pixels * M * channels * taps / rate + blocks * phases * (BLOCK + TAP * taps / readings / phases)
     run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
-    store = pixels * CO * phases * tile.stride_w * tile.size / OUTPUT / run
-    run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if tile.src_layout == "width" else 1.0
-    bring = tile.halo_rows * tile.box * channels * tile.size / (TMA if tile.by_tma else THREADS * run)
+    store = pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT / run
+    gathered = tile.src_layout == "width" and tile.how == "threads"
+    run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
+    bring = readings * tile.halo_rows * tile.box * channels * tile.size / (BRING[tile.how] * run)
     if tile.by_tma:
-        bring += COPY * tile.halo_rows * walked.blocks
-    weights = 0 if tile.resident else taps * channels * CO * tile.size / WEIGHTS
+        bring += COPY * tile.halo_rows * blocks
+    weights = 0 if tile.resident else taps * channels * M * tile.size / WEIGHTS
     # With a tile each, one group of warps multiplies while the other stores.
     step = max(multiply + store, bring, weights) if tile.shared else max(multiply, (multiply + store) / 2, bring)
     # What is released with the last phase alone leaves no stages to bring the next tile meanwhile; bulk copies make up
     # for it, threads did not: k4 s2 at TF32 took 2.5 ms where 1.0 is had with a tile a phase.
-    if phases > 1 and not tile.by_tma and tile.stages < 2 * walked.blocks:
+    if phases > 1 and not tile.by_tma and tile.stages < 2 * blocks:
         step = multiply + store + bring
     step += 0.1 * bring  # of two as quick, the one that reads less
-    return cdiv(walked.tiles, walked.grid) * step + store + bring / walked.blocks
+    return cdiv(walked.tiles, walked.grid) * step + store + bring / blocks
 
 
-def candidates(axes, dtype: str, columns_out: int, c_in: int, by_tma: bool, vector: int) -> Iterator[tuple]:
-    """(box, pixels, kb, shared, all_phases) worth trying."""
-    height, width = axes
+def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: str, vector: int) -> Iterator[tuple]:
+    """(box, pixels, kb, shared, all_phases, (folded phases, accumulators), how) worth trying."""
+    _, height, width = axes
     offsets = [d for b in range(width.stride) for _, d in width.taps(b)]
     halo = max(offsets) - min(offsets)
-    exact = cdiv(columns_out + halo + (vector if vector > 1 else 0), vector) * vector
+    size = 4 if dtype == "fp32" else 2
     boxes = {8, 16, 32, 64, 128, 256}
-    if not by_tma and exact <= 64:
+    if how == "threads" and (exact := cdiv(columns_out + halo + (vector if vector > 1 else 0), vector) * vector) <= 64:
         boxes.add(exact)
-    kb = power_of_two(c_in, 16, 32 if dtype == "fp32" else 64)  # rows of 128 bytes
-    # The accumulators of all phases along the width have at most 256 columns, and 128 each where the producers' threads
-    # leave a consumer 192 registers.
-    for pixels in (64, 128, 256):
+    if how == "staged" and (exact := cdiv(columns_out + halo + 16 // size, 16) * 16) <= 256:
+        boxes.add(exact)
+    kb = power_of_two(c_in, 16, 128 // size)  # rows of 128 bytes
+    # The accumulators have at most 256 columns together, and 128 each where the producers' threads leave a consumer
+    # 192 registers.
+    bulk = how == "bulk"
+    for folded, pixels in product(folds(width, c_out), (64, 128, 256)):
         for shared, all_phases in ((True, True), (True, False), (False, True)):
-            fits = pixels * width.stride <= 256 and (by_tma or pixels <= 128) and (all_phases or height.stride > 1)
+            fits = pixels * folded[1] <= 256 and (bulk or pixels <= 128) and (all_phases or height.stride > 1)
+            # These spill accumulators, by the kilobyte.
+            if all_phases and height.stride > 1 and not bulk:
+                fits = fits and pixels * folded[1] <= 128
+            if folded[0] > 1:
+                fits = fits and pixels <= 128
             # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.
-            if fits and (shared or by_tma or dtype == "fp32"):
+            if fits and (shared or bulk or dtype == "fp32"):
                 for box in sorted(boxes):
                     if box <= pixels * (2 if shared else 1):
-                        yield box, pixels, kb, shared, all_phases
+                        yield box, pixels, kb, shared, all_phases, folded, how
 
 
 def refuse(geometry, c_in, c_out, large, precision, source, destination, vector, target: Target) -> str:
     """Why the shift kernel does not take a problem, or ""."""
-    axes = geometry.axes3
+    _, height, width = geometry.axes3
     for bad, why in (
         (target.backend != "cuda" or target.arch != 90, "the shift kernel is for sm_90"),
         (
             target.triton not in TRITON,
             f"the shift kernel was not tried with Triton {'.'.join(map(str, target.triton))}",
         ),
-        (geometry.ndim == 3, "the shift kernel has no depth yet"),
         (geometry.groups > 1, "the shift kernel has no groups yet"),
         (precision not in ("half", "tf32"), f"the shift kernel has no {precision} yet"),
-        (axes[2].stride > 2, "the shift kernel has strides up to 2 along the width"),
-        (axes[1].stride > MOST_PHASES, f"the shift kernel has strides up to {MOST_PHASES} along the height"),
-        (geometry.taps > MOST_TAPS, f"the shift kernel has up to {MOST_TAPS} taps"),
+        (width.stride > MOST_WIDTH_PHASES, f"the shift kernel has strides up to {MOST_WIDTH_PHASES} along the width"),
+        (height.stride > MOST_PHASES, f"the shift kernel has strides up to {MOST_PHASES} along the height"),
+        (height.kernel * width.kernel > MOST_TAPS, f"the shift kernel has up to {MOST_TAPS} taps a plane"),
         (large, "the shift kernel has 32-bit offsets"),
-        (c_in < 16 or c_out <= 16, "few channels"),
+        (c_in < 16 or c_out < 8, "few channels"),
         (source not in ("width", "vectors") or destination not in ("width", "vectors"), "of the tensors' strides"),
         (source == "vectors" and vector < 8, "the input is not aligned to 16 bytes"),
     ):
@@ -276,8 +374,10 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
     return ""
 
 
-# Below this share of the tensor core's rate by the model above, the portable kernels fill the GPU better.
+# Below this share of the tensor core's rate or of the memory's (bytes a cycle and SM), whichever is higher, by the model
+# above, the portable kernels fill the GPU better.
 LEAST_SHARE = 0.05
+MEMORY = 18
 
 
 @lru_cache(maxsize=4096)
@@ -285,24 +385,32 @@ def choose(
     geometry, batch, c_in, c_out, size, dtype: str, source: str, destination: str, vector: int, processors
 ) -> Shift | None:
     """The tile that is quickest by the model, or None where none fits or fills the GPU."""
-    axes = geometry.axes3[1:]
-    size = (1,) * (2 - len(size)) + tuple(size)
-    output = geometry.output_size(size[-geometry.ndim :])
-    output = (1,) * (2 - len(output)) + output
-    by_tma = source == "vectors" and dtype != "fp32"
-    src_vector = min(vector, 2) if source == "width" and dtype != "fp32" else 1
-    dst_vector = 4 if output[1] % 4 == 0 else 1
+    axes = geometry.axes3
+    output = geometry.output_size(size)
+    size, output = ((1,) * (3 - len(s)) + tuple(s) for s in (size, output))
+    element = 4 if dtype == "fp32" else 2
+    how = "bulk" if source == "vectors" and element == 2 else "staged" if vector * element >= 16 else "threads"
+    src_vector = min(vector, 2) if source == "width" and element == 2 else 1
+    dst_vector = 4 if output[2] % 4 == 0 else 1
     layouts = {"width": "width", "vectors": "channels"}
     best = None
-    for candidate in candidates(axes, dtype, cdiv(output[1], axes[1].stride), c_in, by_tma, src_vector):
-        tile = make(axes, dtype, c_in, *candidate, layouts[source], layouts[destination], src_vector, dst_vector)
-        if tile is None:
-            continue
-        cost = cycles(tile, walk(tile, axes, batch, c_in, c_out, size, output, processors))
-        if best is None or cost < best[0]:
-            best = cost, tile
+    columns = cdiv(output[2], axes[2].stride)
+    for each in (how,) if how == "bulk" else dict.fromkeys((how, "threads")):
+        for candidate in candidates(axes, dtype, columns, c_in, c_out, each, src_vector):
+            tile = make(axes, dtype, c_in, *candidate, layouts[source], layouts[destination], src_vector, dst_vector)
+            if tile is None:
+                continue
+            walked = walk(tile, axes, batch, c_in, c_out, size, output, processors)
+            rows = batch * walked.planes * walked.image + tile.halo_rows
+            if rows >= MOST_ROWS or max(walked.image, walked.planes) >= MOST_DIVISOR:
+                continue
+            cost = cycles(tile, walked)
+            if best is None or cost < best[0]:
+                best = cost, tile
     if best is None:
         return None
-    work = batch * prod(output) * c_in * c_out * geometry.taps / (axes[0].stride * axes[1].stride)
-    share = work / MULTIPLY_ADDS[best[1].size] / processors / best[0]
-    return best[1] if share >= LEAST_SHARE else None
+    _, tile = best
+    products = batch * prod(output) * c_in * c_out * geometry.taps / prod(geometry.stride)
+    moved = (batch * (prod(size) * c_in + prod(output) * c_out) + c_in * c_out * geometry.taps) * tile.size
+    least = max(products / MULTIPLY_ADDS[tile.size], moved / MEMORY) / processors
+    return tile if least >= LEAST_SHARE * best[0] else None

@@ -28,9 +28,9 @@ KERNELS = {
     "gemm": ("gather_gemm", "pack_weight", "weight_gemm"),
     "direct": ("gather_direct", "weight_direct"),
     "reduce": ("sum_partials", "sum_pixels"),
-    "shift": ("shift",),
+    "shift": ("shift", "pack_folded"),
 }
-HOPPER = {"shift"}  # kernels for sm_90 alone
+HOPPER = {"shift", "pack_folded"}  # kernels for sm_90 alone
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Kernels for sm_80 also serve sm_86 and sm_89.
 TARGETS = {
     "sm_80": (Target("cuda", 80, 108), ("cuda", "80"), 99 * 1024),
@@ -163,9 +163,9 @@ def judge(launch, result, target: str):
         yield f"{result['shared']} bytes of shared memory, {shared_limit} is the limit"
     if result["spills"] > SPILL_LIMIT:
         yield f"{result['spills']} bytes (or, on AMD, registers) spilled"
-    if launch["kernel"] in HOPPER and not result["bulk"]:
+    if launch["kernel"] == "shift" and not result["bulk"]:
         yield "no bulk copy"
-    if "PRECISION" in constants or launch["kernel"] in HOPPER:
+    if "PRECISION" in constants or launch["kernel"] == "shift":
         # wgmma has no tile of fewer than 64 rows.
         wanted = (
             {"mma.sync"} if target == "sm_90" and constants.get("BLOCK_M", 64) < 64 else MATRIX_INSTRUCTIONS[target]

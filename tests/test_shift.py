@@ -18,66 +18,111 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 TARGET = Target("cuda", 90, 132, (3, 6))
 
 
-def pair(v):
-    return (v, v) if isinstance(v, int) else tuple(v)
-
-
-def geometry(kernel, stride=1, padding=0, output_padding=0, dilation=1):
-    kernel, stride, padding, output_padding, dilation = map(pair, (kernel, stride, padding, output_padding, dilation))
+def geometry(ndim, kernel, stride=1, padding=0, output_padding=0, dilation=1):
+    """A Geometry of ndim axes from ints and tuples, without groups."""
+    values = ((v,) * ndim if isinstance(v, int) else v for v in (kernel, stride, padding, output_padding, dilation))
+    kernel, stride, padding, output_padding, dilation = values
     return Geometry(kernel, stride, padding, output_padding, 1, dilation)
+
+
+def blocks_of(tile: shift.Shift, g: Geometry, w):
+    """The packed weight: {tap along the depth: {block: [M, input channels]}} of one tile of output channels."""
+    _, height, width = g.axes3
+    w = w.reshape(*w.shape[:2], -1, height.kernel, width.kernel)
+    f = tile.fold
+    spans = [(a, low + i) for a, (low, n) in enumerate(zip(f.low, f.count, strict=True)) for i in range(n)]
+    found: dict = {}
+    for kd, kh in itertools.product(range(w.shape[2]), range(height.kernel)):
+        plane = found.setdefault(kd, {})
+        if f.phases == 1:
+            for kw in range(width.kernel):
+                plane[kh * width.kernel + kw] = w[:, :, kd, kh, kw].T
+            continue
+        for e, (accumulator, offset) in enumerate(spans):
+            block = torch.zeros(w.shape[1], f.phases, w.shape[0], dtype=w.dtype)
+            for b in range(accumulator * f.phases, min((accumulator + 1) * f.phases, width.stride)):
+                for kw, d in width.taps(b):
+                    if d == offset:
+                        block[:, b % f.phases] = w[:, :, kd, kh, kw].T
+            plane[kh * len(spans) + e] = block.flatten(0, 1)
+    return found
 
 
 def carried_out(tile: shift.Shift, g: Geometry, x, w):
     """What the kernel computes with this tile, step by step; what it must not depend on is NaN."""
     batch, c_in, *size = x.shape
-    output = g.output_size(size)
-    c_out = w.shape[1]
-    walked = shift.walk(tile, g.axes, batch, c_in, c_out, size, output, 132)
-    assert walked.tiles_co == -(-c_out // shift.CO) and walked.blocks == -(-c_in // tile.kb)
+    c_out, output = w.shape[1], g.output_size(size)
+    shape = batch, c_out, *output
+    size, output = ((1,) * (3 - len(s)) + tuple(s) for s in (size, output))
+    x = x.reshape(batch, c_in, *size)
+    walked = shift.walk(tile, g.axes3, batch, c_in, c_out, size, output, 132)
+    f = tile.fold
+    assert walked.tiles_co == -(-c_out // f.channels) == 1 and walked.blocks == -(-c_in // tile.kb)
+    packed = blocks_of(tile, g, w)
     y = torch.full((batch, c_out, *output), torch.nan, dtype=x.dtype)
     written = torch.zeros_like(y, dtype=torch.int64)
     phases = range(tile.stride_h)
-    spatial = walked.tiles // walked.tiles_co // len(tile.low)
-    for at, index in itertools.product(range(spatial), range(len(tile.low))):
+    spatial = walked.tiles // len(tile.low) // tile.depth.stride
+    for at, index, phase_d in itertools.product(range(spatial), range(len(tile.low)), range(tile.depth.stride)):
         tile_w, row = at % walked.tiles_w, at // walked.tiles_w * tile.rows
         first = row + tile.low[index]
-        stage = torch.full((tile.ring, c_in), torch.nan, dtype=x.dtype)
-        for p in range(tile.halo_rows * tile.box):
-            v, column = first + p // tile.box, tile_w * tile.useful + tile.low_w + p % tile.box
-            n, h = int(v / walked.image), v - int(v / walked.image) * walked.image  # as C divides
-            inside = 0 <= n < batch and 0 <= h < size[0] and 0 <= column < size[1]
-            stage[p] = x[n, :, h, column] if inside else 0
+        sums: dict = {}
+        for tap_d, delta in tile.depth.taps(phase_d):
+            stage = torch.full((tile.ring, c_in), torch.nan, dtype=x.dtype)
+            for p in range(tile.halo_rows * tile.box):
+                v, column = first + p // tile.box, tile_w * tile.useful + tile.low_w + p % tile.box
+                m, h = divmod(v, walked.image)
+                n, d = m // walked.planes, m % walked.planes + delta
+                inside = 0 <= n < batch and 0 <= d < size[0] and h < size[1] and 0 <= column < size[2]
+                stage[p] = x[n, :, d, h, column] if inside else 0
+            for a in phases if tile.all_phases else (index,):
+                for consumer in range(2 if tile.shared else 1):
+                    zeros = torch.zeros(f.accumulators, c_out * f.phases, tile.pixels, dtype=x.dtype)
+                    acc = sums.setdefault((a, consumer), zeros)
+                    for accumulator, block, offset in tile.taps[a]:
+                        start = consumer * tile.pixels + offset
+                        seen = stage[start : start + tile.pixels]
+                        assert seen.shape[0] == tile.pixels
+                        acc[accumulator] += packed[tap_d][block] @ seen.T
         for a in phases if tile.all_phases else (index,):
-            for consumer in range(2 if tile.shared else 1):
-                acc = torch.zeros(tile.stride_w, c_out, tile.pixels, dtype=x.dtype)
-                for b, tap, offset in tile.taps[a]:
-                    start = consumer * tile.pixels + offset
-                    seen = stage[start : start + tile.pixels]
-                    assert seen.shape[0] == tile.pixels
-                    acc[b] += w.flatten(2)[:, :, tap].T @ seen.T
-                for b, p in itertools.product(range(tile.stride_w), range(tile.pixels)):
-                    r, column = divmod(consumer * tile.pixels + p, tile.box)
-                    n, q = divmod(row + r, walked.image)
-                    oh, ow = q * tile.stride_h + a, (tile_w * tile.useful + column) * tile.stride_w + b
-                    if r < tile.rows and column < tile.useful and n < batch and oh < output[0] and ow < output[1]:
-                        y[n, :, oh, ow] = acc[b, :, p]
-                        written[n, :, oh, ow] += 1
+            for consumer, p in itertools.product(range(2 if tile.shared else 1), range(tile.pixels)):
+                r, column = divmod(consumer * tile.pixels + p, tile.box)
+                m, q = divmod(row + r, walked.image)
+                n, od = m // walked.planes, m % walked.planes * tile.depth.stride + phase_d
+                oh = q * tile.stride_h + a
+                if not (r < tile.rows and column < tile.useful and n < batch and od < output[0] and oh < output[1]):
+                    continue
+                for b in range(tile.stride_w):
+                    ow = (tile_w * tile.useful + column) * tile.stride_w + b
+                    if ow < output[2]:
+                        acc = sums.get((a, consumer))
+                        rows = slice(b % f.phases, None, f.phases)
+                        y[n, :, od, oh, ow] = 0 if acc is None else acc[b // f.phases, rows, p]
+                        written[n, :, od, oh, ow] += 1
     assert (written == 1).all(), "every output is written once"
-    return y
+    return y.reshape(shape)
 
 
 GEOMETRIES = {
-    "k4s2p1": geometry(4, 2, 1),
-    "k3s2p1op1": geometry(3, 2, 1, 1),
-    "k5s2p2": geometry(5, 2, 2),
-    "k2s2": geometry(2, 2),
-    "k1s2": geometry(1, 2, 0, 1),
-    "k3p1": geometry(3, 1, 1),
-    "k3x5d2": geometry((3, 5), 1, (0, 3), 0, (2, 1)),
-    "k3s2d2": geometry(3, 2, 1, 1, 2),
-    "k3s4x2p5": geometry(3, (4, 2), (5, 1), (2, 0)),
-    "k8x1s4x1": geometry((8, 1), (4, 1)),
-    "row": geometry((1, 4), (1, 2), (0, 1)),
+    "k4s2p1": geometry(2, 4, 2, 1),
+    "k3s2p1op1": geometry(2, 3, 2, 1, 1),
+    "k5s2p2": geometry(2, 5, 2, 2),
+    "k2s2": geometry(2, 2, 2),
+    "k1s2": geometry(2, 1, 2, 0, 1),
+    "k3p1": geometry(2, 3, 1, 1),
+    "k3x5d2": geometry(2, (3, 5), 1, (0, 3), 0, (2, 1)),
+    "k3s2d2": geometry(2, 3, 2, 1, 1, 2),
+    "k3s4x2p5": geometry(2, (3, 4), (4, 2), (5, 1), (2, 0)),
+    "k8x1s4x1": geometry(2, (8, 1), (4, 1)),
+    "k3s5d2": geometry(2, (1, 3), (1, 5), (0, 1), 0, (1, 2)),
+    "k6s3p1op2": geometry(2, (1, 6), (1, 3), (0, 1), (0, 2)),
+    "1d_k4s2": geometry(1, 4, 2, 1),
+    "1d_k16s8": geometry(1, 16, 8, 4),
+    "1d_k14s7": geometry(1, 14, 7, 4, 1),
+    "3d_k3s2p1op1": geometry(3, 3, 2, 1, 1),
+    "3d_k3": geometry(3, (3, 1, 3), 1, (1, 0, 2)),
+    "3d_k2s3": geometry(3, (2, 1, 2), (3, 1, 2), 0, (2, 0, 0)),
+    "3d_k3d2": geometry(3, (3, 1, 1), (2, 1, 1), (1, 0, 0), (1, 0, 0), (3, 1, 1)),
 }
 
 
@@ -86,17 +131,25 @@ GEOMETRIES = {
 def test_tiles_make_the_convolution(name, dtype):
     """Every kind of tile that may be chosen, of any width, one for both consumers or one each, all phases or one."""
     g = GEOMETRIES[name]
-    size = (1 if name == "row" else 3, 9)
+    size = {1: (9,), 2: (3, 9), 3: (3, 2, 5)}[g.ndim]
     x, w = torch.randn(2, 20, *size, dtype=torch.float64), torch.randn(20, 3, *g.kernel, dtype=torch.float64)
-    exact = ATEN[2](x, w, stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation)
+    where = dict(stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation)
+    exact = ATEN[g.ndim](x, w, **where)
     kinds = set()
-    for source, vector in (("width", 1), ("width", 2), ("channels", 1)):
-        by_tma = source == "channels" and dtype == "bf16"
-        columns = -(-exact.shape[3] // g.stride[1])
-        for candidate in shift.candidates(g.axes, dtype, columns, 20, by_tma, vector):
-            tile = shift.make(g.axes, dtype, 20, *candidate, source, "width", vector, 4)
+    for source, vector, how in (
+        ("width", 1, "threads"),
+        ("width", 2, "threads"),
+        ("width", 2, "staged"),
+        ("channels", 1, "staged" if dtype == "fp32" else "bulk"),
+    ):
+        columns = -(-exact.shape[-1] // g.stride[-1])
+        for candidate in shift.candidates(g.axes3, dtype, columns, 20, 3, how, vector):
+            tile = shift.make(g.axes3, dtype, 20, *candidate, source, "width", vector, 4)
             # One tile of each kind: the CPU carries them out pixel by pixel.
-            if tile is None or (kind := (source, vector, tile.shared, tile.all_phases, tile.box == 16)) in kinds:
+            if tile is None:
+                continue
+            kind = source, vector, how, tile.shared, tile.all_phases, tile.box == 16, tile.fold.phases
+            if kind in kinds:
                 continue
             kinds.add(kind)
             torch.testing.assert_close(carried_out(tile, g, x, w), exact)
@@ -116,17 +169,18 @@ def test_tiles_fit(suite):
             if not isinstance(tile, shift.Shift):
                 continue
             chosen += 1
-            joined = tile.stride_w if tile.dst_layout == "width" else 1
             blocks = -(-layer.in_channels // tile.kb)
-            rows = tile.ring + tile.slots * shift.CO
-            assert (rows * tile.kb + 2 * shift.CO * tile.chunk * joined) * tile.size <= shift.SHARED
+            readings = max(len(tile.depth.taps(a)) for a in range(tile.depth.stride))
+            rows = tile.ring + tile.slots * shift.M
+            buffers = 2 * tile.fold.channels * tile.chunk * tile.joined
+            assert (rows * tile.kb + buffers) * tile.size <= shift.SHARED
             assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.box
             held = tile.all_phases and (tile.stride_h > 1 or not tile.shared)
-            assert tile.stages >= (blocks + 1 if held else 2)
+            assert tile.stages >= (blocks * readings + 1 if held else 2)
             assert tile.shared or (tile.resident and tile.all_phases)
-            assert tile.pixels * tile.stride_w <= 256
+            assert tile.pixels * tile.fold.accumulators <= 256 and tile.fold.joined >= tile.stride_w
             assert not tile.resident or tile.slots == tile.taps_all * blocks
-    assert chosen > 50
+    assert chosen > 100
 
 
 @pytest.mark.parametrize(
@@ -134,10 +188,11 @@ def test_tiles_fit(suite):
     (
         (dict(target=Target("cuda", 80, 108)), "the shift kernel is for sm_90"),
         (dict(target=Target("cuda", 90, 132, (3, 10))), "the shift kernel was not tried with Triton 3.10"),
-        (dict(geometry=geometry(5, 3)), "the shift kernel has strides up to 2 along the width"),
+        (dict(geometry=geometry(2, 5, (1, 20))), "the shift kernel has strides up to 16 along the width"),
+        (dict(geometry=geometry(2, 9)), "the shift kernel has up to 64 taps a plane"),
         (dict(large=True), "the shift kernel has 32-bit offsets"),
         (dict(tf32=False), "the shift kernel has no tf32x3 yet"),
-        (dict(c_out=16), "few channels"),
+        (dict(c_out=7), "few channels"),
         (dict(source="strided"), "of the tensors' strides"),
         (dict(source="vectors", vector=4), "the input is not aligned to 16 bytes"),
         (dict(batch=1, c_out=64, input_size=(2, 2)), "too small for the shift kernel's tiles"),
@@ -145,7 +200,7 @@ def test_tiles_fit(suite):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_what_is_left_to_the_portable_kernels_and_why(change, why):
-    facts = dict(geometry=geometry(4, 2, 1), batch=16, c_in=64, c_out=64, input_size=(64, 64), target=TARGET)
+    facts = dict(geometry=geometry(2, 4, 2, 1), batch=16, c_in=64, c_out=64, input_size=(64, 64), target=TARGET)
     facts |= dict(dtype=torch.float32, tf32=True, source="width") | change
     target = facts.pop("target")
     chosen = plan(Problem("forward", **facts), target)
@@ -171,7 +226,20 @@ CASES = (
     Case("s4x1", (16, 96, 40, 100), (96, 48, 8, 1), dict(stride=(4, 1))),
     Case("1d_k4s2", (8, 128, 6001), (128, 64, 4), dict(stride=2, padding=1)),
     Case("1d_k3", (6, 64, 16383), (64, 96, 3)),
-    Case("narrow", (400, 256, 4, 4), (256, 256, 4, 4), dict(stride=2, padding=1)),
+    Case("narrow", (400, 256, 7, 6), (256, 256, 4, 4), dict(stride=2, padding=1)),
+    Case("k3_few", (40, 48, 60, 44), (48, 32, 3, 3), dict(stride=2, padding=1, output_padding=1)),
+    Case("k3s5", (64, 64, 24, 40), (64, 64, 3, 3), dict(stride=5, padding=1, dilation=2)),
+    Case("k4s4", (16, 256, 62, 54), (256, 128, 4, 4), dict(stride=4)),
+    Case("k6s3", (8, 128, 1, 3000), (128, 64, 1, 6), dict(stride=(1, 3), padding=(0, 2), output_padding=(0, 1))),
+    Case("1d_k16s8", (16, 256, 258), (256, 128, 16), dict(stride=8, padding=4)),
+    Case("1d_k16s8_unpadded", (4, 512, 901), (512, 256, 16), dict(stride=8)),
+    Case("1d_k14s7", (4, 768, 700), (768, 384, 14), dict(stride=7, padding=4, output_padding=1)),
+    Case("1d_k8s4", (4, 96, 9001), (96, 48, 8), dict(stride=4)),
+    Case("3d_k3s2", (8, 64, 9, 21, 32), (64, 32, 3, 3, 3), dict(stride=2, padding=1, output_padding=1)),
+    Case("3d_k3", (8, 32, 17, 30, 33), (32, 64, 3, 3, 3), dict(padding=(0, 1, 2))),
+    Case("3d_k2s2", (2, 128, 32, 32, 31), (128, 64, 2, 2, 2), dict(stride=2)),
+    Case("3d_k4s2_16", (16, 16, 16, 33, 32), (16, 64, 4, 4, 4), dict(stride=2, padding=1)),
+    Case("3d_k3s2_depth", (8, 64, 20, 30, 40), (64, 48, 3, 1, 3), dict(stride=(2, 1, 1), dilation=(3, 1, 1))),
 )
 
 
@@ -182,10 +250,10 @@ def test_the_cases_take_the_shift_kernel(case):
     values = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1} | case.layer
     values = {k: (v,) * ndim if isinstance(v, int) else v for k, v in values.items()}
     g = Geometry(case.weight[2:], values["stride"], values["padding"], values["output_padding"], 1, values["dilation"])
-    for dtype, source in itertools.product((torch.float32, torch.float16, torch.bfloat16), ("width", "vectors")):
+    dtypes, sources = (torch.float32, torch.float16, torch.bfloat16), (("width", 1), ("width", 4), ("vectors", 16))
+    for dtype, (source, vector) in itertools.product(dtypes, sources):
         sizes = case.input[0], case.input[1], case.weight[1], case.input[2:]
-        vector = 16 if source == "vectors" else 1
-        for destination in {source, "vectors" if ndim == 2 else "width"}:
+        for destination in {source, "vectors" if ndim > 1 else "width"}:
             problem = Problem("forward", g, *sizes, dtype, True, source, destination, vector)
             assert plan(problem, TARGET).family == "shift", (dtype, source, destination)
 
@@ -199,14 +267,14 @@ def test_on_the_gpu(case, precision):
     ndim = len(case.input) - 2
     dtype = getattr(torch, precision, torch.float32)
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    function = (tconv.conv_transpose1d, tconv.conv_transpose2d)[ndim - 1]
+    function = (tconv.conv_transpose1d, tconv.conv_transpose2d, tconv.conv_transpose3d)[ndim - 1]
     x = torch.randn(case.input, device="cuda", dtype=dtype)
     w = torch.randn(case.weight, device="cuda", dtype=dtype) / case.input[1] ** 0.5
     bias = torch.randn(case.weight[1], device="cuda", dtype=dtype)
     exact = ATEN[ndim](x.double(), w.double(), bias.double(), **case.layer)
     peer = ATEN[ndim](x, w, bias, **case.layer)
-    contiguous, last = torch.contiguous_format, torch.channels_last
-    for x_format, w_format in itertools.product((contiguous, last) if ndim == 2 else (contiguous,), repeat=2):
+    formats = (torch.contiguous_format, {2: torch.channels_last, 3: torch.channels_last_3d}.get(ndim))
+    for x_format, w_format in itertools.product(formats[: min(ndim, 2)], repeat=2):
         inputs = x.contiguous(memory_format=x_format), w.contiguous(memory_format=w_format)
         assert tconv.explain(*inputs, bias, **case.layer).passes[0].plan.family == "shift"
         y = function(*inputs, bias, **case.layer)

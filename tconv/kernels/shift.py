@@ -4,10 +4,12 @@ A tile of input pixels with its halo lies in swizzled shared memory, one pixel a
 takes that same tile, seen some pixels further on, as its operand B; operand A is the tap's weight.  One CTA an SM walks
 over tiles; two groups of warps multiply (half of a tile's pixels each, or every other tile), others bring the operands.
 
-M = 64 output channels, N = pixels of one phase, K = input channels times the phase's taps (docs/kernels.md).
+M = 64 output channels (or fewer, times the phases along the width that are folded into them), N = pixels of one phase,
+K = input channels times the phase's taps; taps along the depth are readings of their own (docs/kernels.md).
 """
 
 import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,13 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .common import round_tf32
+
 # Triton 3.6 to 3.8 and 3.9 name these differently.
 _DESCRIPTOR = gl.shared_memory_descriptor
 reinterpret = getattr(_DESCRIPTOR, "reinterpret", None) or _DESCRIPTOR._reinterpret
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # How the shifted view of the input ring is written: 3.9 wants a slice, before it a layout without strides does.
 SLICE = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
-CO = gl.constexpr(64)  # output channels of a tile: wgmma's M
+M = gl.constexpr(64)  # wgmma's
 
 
 @triton.constexpr_function
@@ -34,10 +39,10 @@ def _swizzled(width, size, rank=2):
 
 
 def descriptor_layouts(p):
-    """Of the blocks of weights, and of a row of input pixels."""
-    return gl.NVMMASharedLayout(min(128, p.kb * p.size), 8 * p.size, 2), gl.NVMMASharedLayout(
-        min(128, p.kb * p.size), 8 * p.size, 4
-    )
+    """Of the blocks of weights, and of the input that a bulk copy brings."""
+    rank = 5 if p.volume else 4
+    pixels_inside = p.how == "staged" and p.src_layout == "width"
+    return _swizzled(p.kb, p.size, 2), _swizzled(p.bring if pixels_inside else p.kb, p.size, rank)
 
 
 @triton.constexpr_function
@@ -59,8 +64,9 @@ def _producer_layout(p):
     across = p.kb // vector  # threads along the channels
     if p.src_layout == "channels":
         return gl.BlockedLayout([1, vector], [32 // across, across], [p.producers, 1], [1, 0])
-    along = min(p.producers, across)
-    return gl.BlockedLayout([p.vector, vector], [32, 1], [p.producers // along, along], [0, 1])
+    lanes = min(32, p.bring // p.vector)
+    along = min(p.producers, max(1, across * lanes // 32))
+    return gl.BlockedLayout([p.vector, vector], [lanes, 32 // lanes], [p.producers // along, along], [0, 1])
 
 
 @triton.constexpr_function
@@ -68,7 +74,7 @@ def _store_layout(p):
     """Of a chunk on its way from shared memory to the output: along the pixels (width) or the channels."""
     if p.dst_layout == "channels":
         vector = 16 // p.size
-        across = 64 // vector
+        across = p.fold.channels // vector
         return gl.BlockedLayout([1, vector], [32 // across, across], [4, 1], [1, 0])
     lanes = min(32, p.chunk * p.joined // p.dst_vector)
     return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [4, 1], [1, 0])
@@ -108,6 +114,10 @@ def _opaque_zero(i):
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
 
 
+# Where the scalars of the depth, and the inverses of `image` and `planes`, are among them.
+PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES = (gl.constexpr(i) for i in range(21, 28))
+
+
 @triton.constexpr_function
 def _element(p):
     return {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[p.dtype]
@@ -121,15 +131,73 @@ def _round(v, p: gl.constexpr):
 
 
 @gluon.jit
+def _inverse(by):
+    return ((1 << 39) + by.to(gl.int64) - 1) // by
+
+
+@gluon.jit
+def _split(v, by, inverse):
+    """v divided by `by`, rounded down, and what remains: exact for -by < v < 2^23 and by < 2^15 (shift.MOST_ROWS and
+    MOST_DIVISOR).  A division by what is known at run time alone costs four times as much, and every pixel needs one.
+    In integers: of fp32 the compiler would not know that neighbours have the same quotient, and store one by one."""
+    q = (v.to(gl.int64) * inverse >> 39).to(gl.int32)
+    return q, v - q * by
+
+
+@gluon.jit
+def _planes(row, sizes, p: gl.constexpr):
+    """Row `row` of all planes one after the other, as (image, plane in it, row in that)."""
+    m, h = _split(row, sizes[2], sizes[BY_IMAGE])
+    if p.volume:
+        n, d = _split(m, sizes[PLANES], sizes[BY_PLANES])
+    else:
+        n = m
+        d = m * 0
+    return n, d, h
+
+
+@gluon.jit
 def _decode(t, sizes, p: gl.constexpr):
-    """Tile t as (first output channel, phase along the height, tile along the width, first row).  Channel tiles are
-    neighbours, then phases: they share input pixels in the L2."""
+    """Tile t as (first output channel, phase along the height, tile along the width, first row, phase along the depth).
+    Channel tiles are neighbours, then phases: they share input pixels in the L2."""
     tiles_co, tiles_w = sizes[0], sizes[1]
-    co = t % tiles_co * CO
+    co = t % tiles_co * p.fold.channels
     t = t // tiles_co
     phase = t % len(p.low)
     t = t // len(p.low)
-    return co, phase, t % tiles_w, t // tiles_w * p.rows
+    phase_d = t % p.depth.stride
+    t = t // p.depth.stride
+    return co, phase, t % tiles_w, t // tiles_w * p.rows, phase_d
+
+
+@gluon.jit
+def _depth_taps(phase, blocks, p: gl.constexpr):
+    """How many blocks a tile of this phase along the depth reads, its first tap and the plane that tap reads, counted
+    from the output's; geometry.Axis.taps has the arithmetic."""
+    if p.volume:
+        g: gl.constexpr = p.depth.gcd
+        step: gl.constexpr = p.depth.stride // p.depth.gcd
+        t = phase + p.depth.padding
+        first = t // g * p.depth.inverse % step
+        count = gl.where(t % g == 0, (p.depth.kernel - first + step - 1) // step, 0)
+        return count * blocks, first, (t - p.depth.dilation * first) // p.depth.stride
+    else:
+        return blocks, 0, 0
+
+
+@gluon.jit
+def _block(i, blocks, first, plane, p: gl.constexpr):
+    """Block i of a tile: its channels' index, its tap along the depth and the plane it reads, counted from the
+    output's."""
+    if p.volume:
+        j = i // blocks
+        return (
+            i - j * blocks,
+            first + j * (p.depth.stride // p.depth.gcd),
+            plane - j * (p.depth.dilation // p.depth.gcd),
+        )
+    else:
+        return i, 0, 0
 
 
 @gluon.jit
@@ -142,47 +210,75 @@ def _first_row(phase, p: gl.constexpr):
 
 
 @gluon.jit
+def _copy(x, to, ready, row, column, kb, delta, sizes, PIXELS: gl.constexpr, p: gl.constexpr, pred):
+    """A bulk copy of PIXELS pixels of a row, of block kb of the channels and the plane `delta` after the row's own."""
+    n, d, h = _planes(row, sizes, p)
+    if p.src_layout == "channels":
+        if p.volume:
+            to = reinterpret(to, _element(p), [1, 1, 1, PIXELS, p.kb], _swizzled(p.kb, p.size, 5))
+            async_load(x, [n, d + delta, h, column, kb * p.kb], ready, to, pred=pred)
+        else:
+            to = reinterpret(to, _element(p), [1, 1, PIXELS, p.kb], _swizzled(p.kb, p.size, 4))
+            async_load(x, [n, h, column, kb * p.kb], ready, to, pred=pred)
+    else:
+        if p.volume:
+            to = reinterpret(to, _element(p), [1, p.kb, 1, 1, PIXELS], _swizzled(PIXELS, p.size, 5))
+            async_load(x, [n, kb * p.kb, d + delta, h, column], ready, to, pred=pred)
+        else:
+            to = reinterpret(to, _element(p), [1, p.kb, 1, PIXELS], _swizzled(PIXELS, p.size, 4))
+            async_load(x, [n, kb * p.kb, h, column], ready, to, pred=pred)
+
+
+@gluon.jit
+def _copy_row(x, ring, ready, s, row, j, tile_w, kb, delta, sizes, p: gl.constexpr):
+    """Row j of a tile into stage s."""
+    to = _rows(ring, s * p.pitch + j * p.box, p.box, p)
+    _copy(x, to, ready, row + j, tile_w * p.useful + p.low_w, kb, delta, sizes, p.box, p, True)
+
+
+@gluon.jit
 def _bring_by_tma(x, ring, full, empty, sizes, p: gl.constexpr):
     """channels_last of 16 bits: a bulk copy a row of pixels."""
-    image, blocks, tiles = sizes[2], sizes[3], sizes[4]
+    blocks, tiles = sizes[3], sizes[4]
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        co, phase, tile_w, row = _decode(t, sizes, p)
+        co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
         row += _first_row(phase, p)
-        for kb in range(0, blocks):
+        many, first, plane = _depth_taps(phase_d, blocks, p)
+        for b in range(0, many):
+            kb, tap, delta = _block(b, blocks, first, plane, p)
             s = i % p.stages
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
             mbarrier.expect(full.index(s), p.halo_rows * p.box * p.kb * p.size)
-            for j in gl.static_range(gl.constexpr(p.halo_rows)):
-                v = row + j
-                where = [v // image, v % image, tile_w * p.useful + p.low_w, kb * p.kb]
-                to = reinterpret(
-                    _rows(ring, s * p.pitch + j * p.box, p.box, p),
-                    _element(p),
-                    [1, 1, p.box, p.kb],
-                    _swizzled(p.kb, p.size, 4),
-                )
-                async_load(x, where, full.index(s), to)
+            if p.halo_rows <= 12:
+                for j in gl.static_range(gl.constexpr(p.halo_rows)):
+                    _copy_row(x, ring, full.index(s), s, row, j, tile_w, kb, delta, sizes, p)
+            else:  # unrolled, so many rows would spill
+                for j in range(0, p.halo_rows):
+                    _copy_row(x, ring, full.index(s), s, row, j, tile_w, kb, delta, sizes, p)
             i += 1
 
 
 @gluon.jit
-def _load(x, sizes, kb, tile_w, row, J: gl.constexpr, p: gl.constexpr):
+def _load(x, sizes, kb, delta, tile_w, row, J: gl.constexpr, p: gl.constexpr):
     """Chunk J of a tile's input in registers, [pixels, channels], rounded to TF32 where that is the precision."""
-    image, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w = (
-        sizes[2], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12]
+    n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w = (
+        sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12]
     )  # fmt: skip
     layout: gl.constexpr = _producer_layout(p)
     BRING: gl.constexpr = p.bring
     z = _opaque_zero(kb)
     c = kb * p.kb + gl.arange(0, p.kb, layout=gl.SliceLayout(0, layout))
     at = (J + z) * BRING + gl.arange(0, p.bring, layout=gl.SliceLayout(1, layout))
-    v = row + at // p.box
     w = tile_w * p.useful + p.low_w + at % p.box
-    n = v // image
-    h = v % image
-    ok = (at < p.halo_rows * p.box) & (n < n_in) & (h >= 0) & (h < h_in) & (w >= 0) & (w < w_in)
+    n, d, h = _planes(row + at // p.box, sizes, p)
+    ok = (at < p.halo_rows * p.box) & (n >= 0) & (n < n_in) & (h < h_in) & (w >= 0) & (w < w_in)
     offset = n * x_n + h * x_h
+    if p.volume:
+        d_in, x_d = sizes[D_IN], sizes[X_D]
+        d += delta
+        ok = ok & (d >= 0) & (d < d_in)
+        offset += d * x_d
     if p.src_layout == "channels":  # spelt out, since a captured 1 is not known to be one
         offsets = (offset + w * x_w)[:, None] + c[None, :]
     else:
@@ -191,13 +287,15 @@ def _load(x, sizes, kb, tile_w, row, J: gl.constexpr, p: gl.constexpr):
 
 
 @gluon.jit
-def _push(w, ring, full, empty, i, co, kb, tiles_co, A: gl.constexpr, p: gl.constexpr):
-    """The blocks of weights of phase A and a block of channels into their ring; i counts them and is returned."""
+def _push(w, ring, full, empty, i, co, tap, kb, tiles_co, A: gl.constexpr, p: gl.constexpr):
+    """The blocks of weights of phase A, of a tap along the depth and a block of channels, into their ring; i counts
+    them and is returned."""
+    row = (tap * p.taps_plane * tiles_co + co // p.fold.channels) * M
     for k in gl.static_range(len(p.taps[A])):
         s = i % p.slots
         mbarrier.wait(empty.index(s), (i // p.slots & 1) ^ 1)
-        mbarrier.expect(full.index(s), CO * p.kb * p.size)
-        async_load(w, [p.taps[A][k][1] * tiles_co * CO + co, kb * p.kb], full.index(s), ring.index(s))
+        mbarrier.expect(full.index(s), M * p.kb * p.size)
+        async_load(w, [row + p.taps[A][k][1] * tiles_co * M, kb * p.kb], full.index(s), ring.index(s))
         i += 1
     return i
 
@@ -206,149 +304,248 @@ def _push(w, ring, full, empty, i, co, kb, tiles_co, A: gl.constexpr, p: gl.cons
 def _push_all(w, ring, full, sizes, p: gl.constexpr):
     """Where they fit: all weights of this CTA's channel tile, which never changes then."""
     tiles_co, blocks = sizes[0], sizes[3]
-    co = gl.program_id(0) % tiles_co * CO
-    mbarrier.expect(full.index(0), p.slots * CO * p.kb * p.size)
+    co = gl.program_id(0) % tiles_co
+    mbarrier.expect(full.index(0), p.slots * M * p.kb * p.size)
     for tap in range(0, p.taps_all):
         for kb in range(0, blocks):
-            async_load(w, [tap * tiles_co * CO + co, kb * p.kb], full.index(0), ring.index(tap * blocks + kb))
+            async_load(w, [(tap * tiles_co + co) * M, kb * p.kb], full.index(0), ring.index(tap * blocks + kb))
 
 
 @gluon.jit
 def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
-    """The packed weight [tap, output channel, input channel], a tap's CO x KB block a slot."""
+    """The packed weight [tap, rows of M, input channel], a tap's M x KB block a slot."""
     tiles_co, blocks, tiles = sizes[0], sizes[3], sizes[4]
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        co, phase, tile_w, row = _decode(t, sizes, p)
+        co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
+        many, first, plane = _depth_taps(phase_d, blocks, p)
         for a in gl.static_range(gl.constexpr(p.stride_h)):
             if len(p.low) == 1 or phase == a:
-                for kb in range(0, blocks):
-                    i = _push(w, ring, full, empty, i, co, kb, tiles_co, a, p)
+                for b in range(0, many):
+                    kb, tap, delta = _block(b, blocks, first, plane, p)
+                    i = _push(w, ring, full, empty, i, co, tap, kb, tiles_co, a, p)
 
 
 @gluon.jit
-def _bring_by_threads(
-    x, ring, full, empty, w, w_ring, w_full, w_empty, sizes, p: gl.constexpr
-):  # fmt: skip
+def _bring_by_threads(x, ring, full, empty, sizes, p: gl.constexpr):
     """Any other layout, and fp32: through registers, where it is rounded, transposed on the way to shared memory.  A
-    chunk is loaded before the one ahead of it is stored: latency decides here.  The weights come from here too: a warp
-    for them would cost the registers of four."""
-    tiles_co, blocks, tiles = sizes[0], sizes[3], sizes[4]
+    chunk is loaded before the one ahead of it is stored: latency decides here."""
+    blocks, tiles = sizes[3], sizes[4]
     i = 0
-    j = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        co, phase, tile_w, row = _decode(t, sizes, p)
+        co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
+        many, first, plane = _depth_taps(phase_d, blocks, p)
         row += _first_row(phase, p)
-        for kb in range(0, blocks):
+        for b in range(0, many):
+            kb, tap, delta = _block(b, blocks, first, plane, p)
             s = i % p.stages
-            value = _load(x, sizes, kb, tile_w, row, 0, p)
+            value = _load(x, sizes, kb, delta, tile_w, row, 0, p)
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
             for n in gl.static_range(gl.constexpr(p.brings)):
                 if n + 1 < p.brings:
-                    ahead = _load(x, sizes, kb, tile_w, row, n + 1, p)
+                    ahead = _load(x, sizes, kb, delta, tile_w, row, n + 1, p)
                 _rows(ring, s * p.pitch + n * p.bring, p.bring, p).store(_round(value, p))
                 if n + 1 < p.brings:
                     value = ahead
             fence_async_shared()
             mbarrier.arrive(full.index(s), count=1)
             i += 1
-            if not p.resident and p.one_phase:
-                for a in gl.static_range(gl.constexpr(p.stride_h)):
-                    if phase == a:
-                        j = _push(w, w_ring, w_full, w_empty, j, co, kb, tiles_co, a, p)
-        if not p.resident and not p.one_phase:
-            for a in gl.static_range(gl.constexpr(p.stride_h)):
-                for kb in range(0, blocks):
-                    j = _push(w, w_ring, w_full, w_empty, j, co, kb, tiles_co, a, p)
+
+
+@gluon.jit
+def _tile_at(t, sizes, p: gl.constexpr):
+    """Of tile t: how many blocks it reads, its first row, column and plane."""
+    co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
+    many, first, plane = _depth_taps(phase_d, sizes[3], p)
+    return many, row + _first_row(phase, p), tile_w * p.useful + p.low_w, plane
+
+
+@gluon.jit
+def _issue(x, staging, ready, sizes, at, count, p: gl.constexpr):
+    """Bulk copy number `count` into the staging buffer, of the chunk that `at` = (tile, block, chunk, *_tile_at(tile))
+    names; returns the next one's."""
+    ACROSS: gl.constexpr = p.box // p.bring
+    t, b, n, many, row, column, plane = at
+    there = t < sizes[4]
+    slot = count % p.staging
+    kb, tap, delta = _block(b, sizes[3], 0, plane, p)
+    mbarrier.expect(ready.index(slot), p.bring * p.kb * p.size, pred=there)
+    _copy(
+        x, staging.index(slot), ready.index(slot), row + n // ACROSS, column + n % ACROSS * p.bring, kb, delta, sizes,
+        p.bring, p, there,
+    )  # fmt: skip
+    n += 1
+    if n == p.brings:
+        n = 0
+        b += 1
+        if b == many:
+            b = 0
+            t += gl.num_programs(0)
+            many, row, column, plane = _tile_at(t, sizes, p)
+    return t, b, n, many, row, column, plane
+
+
+@gluon.jit
+def _bring_staged(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
+    """As _bring_by_threads, with bulk copies a few chunks ahead: they keep more bytes under way than registers can."""
+    blocks, tiles = sizes[3], sizes[4]
+    layout: gl.constexpr = _producer_layout(p)
+    t0 = gl.program_id(0)
+    many0, row0, column0, plane0 = _tile_at(t0, sizes, p)
+    at = (t0, t0 * 0, t0 * 0, many0, row0, column0, plane0)
+    for f in gl.static_range(gl.constexpr(p.staging)):
+        at = _issue(x, staging, ready, sizes, at, f, p)
+    i = 0
+    count = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        many, row, column, plane = _tile_at(t, sizes, p)
+        for b in range(0, many):
+            s = i % p.stages
+            mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
+            for n in range(0, p.brings):
+                slot = count % p.staging
+                mbarrier.wait(ready.index(slot), count // p.staging & 1)
+                if p.src_layout == "channels":
+                    value = staging.index(slot).load(layout)
+                else:
+                    value = staging.index(slot).permute((1, 0)).load(layout)
+                _rows(ring, s * p.pitch + n * p.bring, p.bring, p).store(_round(value, p))
+                fence_async_shared()
+                barrier()  # everyone has read the slot
+                at = _issue(x, staging, ready, sizes, at, count + p.staging, p)
+                count += 1
+            mbarrier.arrive(full.index(s), count=1)
+            i += 1
+
+
+@gluon.jit
+def _bring(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
+    if p.how == "bulk":
+        _bring_by_tma(x, ring, full, empty, sizes, p)
+    elif p.how == "staged":
+        _bring_staged(x, staging, ready, ring, full, empty, sizes, p)
+    else:
+        _bring_by_threads(x, ring, full, empty, sizes, p)
 
 
 @gluon.jit
 def _half(v):
     columns: gl.constexpr = v.type.shape[1]
-    return gl.split(v.reshape([CO, 2, columns // 2]).permute((0, 2, 1)))
+    return gl.split(v.reshape([M, 2, columns // 2]).permute((0, 2, 1)))
 
 
 @gluon.jit
 def _here(i, p: gl.constexpr):
     """A zero that keeps a store's arithmetic behind the multiplications where registers are few: done before them, it
     would push accumulators out.  Where the input comes by bulk copies there are registers for it."""
-    if p.by_tma:
+    if p.how == "bulk":
         return 0
     else:
         return _opaque_zero(i)
 
 
 @gluon.jit
-def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, co, FIRST: gl.constexpr, p: gl.constexpr):
-    """Write a chunk [CO, pixels (times joined phases)] where neighbouring pixels are neighbours in memory."""
-    image, n_in, c_out, h_out, w_out, y_n, y_c, y_h = (
-        sizes[2], sizes[5], sizes[13], sizes[14], sizes[15], sizes[16], sizes[17], sizes[18]
-    )  # fmt: skip
+def _where(row, q, phase_d, sizes, p: gl.constexpr):
+    """Of row q of a tile: the element offset of its output row, of phase 0 along the height; the row's number in that
+    phase; and whether it exists."""
+    n_in, y_n = sizes[5], sizes[16]
+    n, d, h = _planes(row + q, sizes, p)
+    ok = (q < p.rows) & (n < n_in)
+    if p.volume:
+        d = d * p.depth.stride + phase_d
+        return n * y_n + d * sizes[Y_D], h, ok & (d < sizes[D_OUT])
+    else:
+        return n * y_n, h, ok
+
+
+@gluon.jit
+def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.constexpr, p: gl.constexpr):
+    """Write a chunk [channels, pixels times joined phases] where neighbouring pixels are neighbours in memory."""
+    c_out, h_out, w_out, y_c, y_h = sizes[13], sizes[14], sizes[15], sizes[17], sizes[18]
     layout: gl.constexpr = _store_layout(p)
     buffer.store(v)
     v = buffer.load(layout)
     flat = (FIRST + _here(co, p) * 16) * p.joined + gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout))
-    c = co + gl.arange(0, CO, layout=gl.SliceLayout(1, layout))
-    r = flat // (p.box * p.joined)
+    c = co + gl.arange(0, p.fold.channels, layout=gl.SliceLayout(1, layout))
+    offset, q, ok = _where(row, flat // (p.box * p.joined), phase_d, sizes, p)
+    h = q * p.stride_h + phase
     column = flat % (p.box * p.joined)
-    n = (row + r) // image
-    q = (row + r) % image
-    h = q * p.stride_h + phase
-    w = tile_w * (p.useful * p.joined) + column
-    ok = (r < p.rows) & (column < p.useful * p.joined) & (n < n_in) & (h < h_out) & (w < w_out)
-    gl.store(y + (c * y_c)[:, None] + (n * y_n + h * y_h + w)[None, :], v, mask=(c < c_out)[:, None] & ok[None, :])
+    ok = ok & (column < p.useful * p.joined) & (h < h_out)
+    if p.joined == p.stride_w:
+        w = tile_w * (p.useful * p.joined) + column
+    else:  # phases beyond the stride are not there
+        w = (tile_w * p.useful + column // p.joined) * p.stride_w + column % p.joined
+        ok = ok & (column % p.joined < p.stride_w)
+    ok = ok & (w < w_out)
+    gl.store(y + (c * y_c)[:, None] + (offset + h * y_h + w)[None, :], v, mask=(c < c_out)[:, None] & ok[None, :])
 
 
 @gluon.jit
-def _store_channels(v, buffer, y, sizes, phase, tile_w, row, co, FIRST: gl.constexpr, B: gl.constexpr, p: gl.constexpr):
-    """Write a chunk [CO, pixels] of phase B where neighbouring channels are neighbours in memory."""
-    image, n_in, c_out, h_out, w_out, y_n, y_h, y_w = (
-        sizes[2], sizes[5], sizes[13], sizes[14], sizes[15], sizes[16], sizes[18], sizes[19]
-    )  # fmt: skip
+def _store_channels(
+    v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.constexpr, G: gl.constexpr, p: gl.constexpr
+):  # fmt: skip
+    """Write a chunk of accumulator G, [pixels times folded phases, channels], where neighbouring channels are
+    neighbours in memory."""
+    c_out, h_out, w_out, y_h, y_w = sizes[13], sizes[14], sizes[15], sizes[18], sizes[19]
     layout: gl.constexpr = _store_layout(p)
-    buffer.store(v.permute((1, 0)))
+    F: gl.constexpr = p.fold.phases
+    if F > 1:
+        v = v.reshape([p.fold.channels, F, p.chunk]).permute((2, 1, 0)).reshape([p.chunk * F, p.fold.channels])
+        buffer.store(v)
+    else:
+        buffer.store(v.permute((1, 0)))
     v = buffer.load(layout)
-    pixel = FIRST + _here(co, p) * 16 + gl.arange(0, p.chunk, layout=gl.SliceLayout(1, layout))
-    c = co + gl.arange(0, CO, layout=gl.SliceLayout(0, layout))
-    r = pixel // p.box
-    column = pixel % p.box
-    n = (row + r) // image
-    q = (row + r) % image
+    flat = FIRST * F + _here(co, p) * 16 + gl.arange(0, p.chunk * F, layout=gl.SliceLayout(1, layout))
+    c = co + gl.arange(0, p.fold.channels, layout=gl.SliceLayout(0, layout))
+    offset, q, ok = _where(row, flat // F // p.box, phase_d, sizes, p)
     h = q * p.stride_h + phase
-    w = (tile_w * p.useful + column) * p.stride_w + B
-    ok = (r < p.rows) & (column < p.useful) & (n < n_in) & (h < h_out) & (w < w_out)
-    gl.store(y + (n * y_n + h * y_h + w * y_w)[:, None] + c[None, :], v, mask=ok[:, None] & (c < c_out)[None, :])
+    column = flat // F % p.box
+    b = G * F + flat % F
+    w = (tile_w * p.useful + column) * p.stride_w + b
+    ok = ok & (column < p.useful) & (h < h_out) & (w < w_out)
+    if p.fold.joined != p.stride_w:
+        ok = ok & (b < p.stride_w)
+    gl.store(y + (offset + h * y_h + w * y_w)[:, None] + c[None, :], v, mask=ok[:, None] & (c < c_out)[None, :])
 
 
 @gluon.jit
-def _store(v0, v1, buffer, y, sizes, phase, tile_w, row, co, FIRST: gl.constexpr, p: gl.constexpr):
-    """Write the accumulators of the phases along the width, halved until a chunk fits the buffer."""
+def _store(v0, v1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.constexpr, p: gl.constexpr):
+    """Write the accumulators, halved until a chunk fits the buffer."""
+    F: gl.constexpr = p.fold.phases
     if v0.type.shape[1] > p.chunk:
         half: gl.constexpr = v0.type.shape[1] // 2
         a0, b0 = _half(v0)
-        if p.stride_w == 2:
+        if p.fold.accumulators == 2:
             a1, b1 = _half(v1)
         else:
             a1 = a0
             b1 = b0
-        _store(a0, a1, buffer, y, sizes, phase, tile_w, row, co, FIRST, p)
-        _store(b0, b1, buffer, y, sizes, phase, tile_w, row, co, FIRST + half, p)
+        _store(a0, a1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, p)
+        _store(b0, b1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST + half, p)
     else:
+        v0 = v0.to(_element(p))
+        v1 = v1.to(_element(p))
         if p.dst_layout == "channels":
-            _store_channels(v0.to(_element(p)), buffer, y, sizes, phase, tile_w, row, co, FIRST, 0, p)
-            if p.stride_w == 2:
-                _store_channels(v1.to(_element(p)), buffer, y, sizes, phase, tile_w, row, co, FIRST, 1, p)
+            _store_channels(v0, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, 0, p)
+            if p.fold.accumulators == 2:
+                _store_channels(v1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, 1, p)
         else:
-            if p.stride_w == 2:
-                v = gl.join(v0.to(_element(p)), v1.to(_element(p))).reshape([CO, 2 * p.chunk])
-                _store_pixels(v, buffer, y, sizes, phase, tile_w, row, co, FIRST, p)
+            if p.fold.accumulators == 2:
+                v = gl.join(v0, v1)
+                if F > 1:
+                    v = v.reshape([p.fold.channels, F, p.chunk, 2]).permute((0, 2, 3, 1))
+                v = v.reshape([p.fold.channels, p.chunk * p.joined])
+            elif F > 1:
+                v = v0.reshape([p.fold.channels, F, p.chunk]).permute((0, 2, 1))
+                v = v.reshape([p.fold.channels, p.chunk * F])
             else:
-                _store_pixels(v0.to(_element(p)), buffer, y, sizes, phase, tile_w, row, co, FIRST, p)
+                v = v0
+            _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, p)
 
 
 @gluon.jit
 def _wait(acc0, acc1, OUTSTANDING: gl.constexpr, p: gl.constexpr):
-    if p.stride_w == 2:
+    if p.fold.accumulators == 2:
         acc0, acc1 = warpgroup_mma_wait(OUTSTANDING, deps=(acc0, acc1))
     else:
         acc0 = warpgroup_mma_wait(OUTSTANDING, deps=(acc0,))
@@ -357,7 +554,7 @@ def _wait(acc0, acc1, OUTSTANDING: gl.constexpr, p: gl.constexpr):
 
 @gluon.jit
 def _phase(
-    y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
+    y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row, phase_d,
     A: gl.constexpr, CONSUMER: gl.constexpr, p: gl.constexpr,
 ):  # fmt: skip
     """One tile's outputs of phase A along the height.  i and j count the blocks taken from the rings of input and
@@ -366,15 +563,17 @@ def _phase(
     layout: gl.constexpr = _accumulator(p)
     PIXELS: gl.constexpr = p.pixels
     FIRST: gl.constexpr = CONSUMER * p.pixels if p.shared else 0  # this consumer's pixels in the tile
-    acc0 = gl.zeros([CO, PIXELS], gl.float32, layout)
+    acc0 = gl.zeros([M, PIXELS], gl.float32, layout)
     acc1 = acc0
-    for kb in range(0, blocks):
-        z = _opaque_zero(kb)
-        s = (i + kb) % p.stages
-        mbarrier.wait(x_full.index(s), (i + kb) // p.stages & 1)
+    many, first, plane = _depth_taps(phase_d, blocks, p)
+    for b in range(0, many):
+        z = _opaque_zero(b)
+        kb, tap, delta = _block(b, blocks, first, plane, p)
+        s = (i + b) % p.stages
+        mbarrier.wait(x_full.index(s), (i + b) // p.stages & 1)
         for k in gl.static_range(len(p.taps[A])):
             if p.resident:
-                slot = p.taps[A][k][1] * blocks + kb + z
+                slot = (tap * p.taps_plane + p.taps[A][k][1]) * blocks + kb + z
             else:
                 slot = j % p.slots
                 mbarrier.wait(w_full.index(slot), j // p.slots & 1)
@@ -394,11 +593,11 @@ def _phase(
                 mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
         if len(p.low) > 1 or A == p.stride_h - 1:  # nobody else reads this stage
             mbarrier.arrive(x_empty.index(s), count=1)
-    c = co + gl.arange(0, CO, layout=gl.SliceLayout(1, layout))
-    b = gl.load(bias + c, mask=(c < c_out) & (has_bias != 0), other=0.0).to(gl.float32)[:, None]
-    acc0 += b
-    acc1 += b
-    _store(acc0, acc1, buffer, y, sizes, A, tile_w, row, co, FIRST, p)
+    c = co + gl.arange(0, M, layout=gl.SliceLayout(1, layout)) // p.fold.phases
+    bias_of_row = gl.load(bias + c, mask=(c < c_out) & (has_bias != 0), other=0.0).to(gl.float32)[:, None]
+    acc0 += bias_of_row
+    acc1 += bias_of_row
+    _store(acc0, acc1, buffer, y, sizes, A, tile_w, row, phase_d, co, FIRST, p)
     return j
 
 
@@ -408,33 +607,34 @@ def _multiply(
 ):  # fmt: skip
     """One of the two groups of warps that multiply: its half of every tile's pixels, or every other tile."""
     blocks, tiles = sizes[3], sizes[4]
-    TURNS: gl.constexpr = 1 if p.shared else 2
-    TURN: gl.constexpr = 0 if p.shared else CONSUMER
     buffer = buffers.index(CONSUMER)
-    i = TURN * blocks
+    i = 0
     j = 0
     if p.resident:
         mbarrier.wait(w_full.index(0), 0)
-    for t in range(gl.program_id(0) + TURN * gl.num_programs(0), tiles, TURNS * gl.num_programs(0)):
-        co, phase, tile_w, row = _decode(t, sizes, p)
-        for a in gl.static_range(gl.constexpr(p.stride_h)):
-            if len(p.low) == 1:
-                j = _phase(
-                    y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
-                    a, CONSUMER, p,
-                )  # fmt: skip
-            else:
-                if phase == a:
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
+        if p.shared or t // gl.num_programs(0) % 2 == CONSUMER:
+            for a in gl.static_range(gl.constexpr(p.stride_h)):
+                if len(p.low) == 1:
                     j = _phase(
                         y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
-                        a, CONSUMER, p,
+                        phase_d, a, CONSUMER, p,
                     )  # fmt: skip
-        i += TURNS * blocks
+                else:
+                    if phase == a:
+                        j = _phase(
+                            y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w,
+                            row, phase_d, a, CONSUMER, p,
+                        )  # fmt: skip
+        many, first, plane = _depth_taps(phase_d, blocks, p)
+        i += many
 
 
 # The run-time scalars, in the order in which the parts of the kernel find them in `sizes`.
 SCALARS = (
-    "tiles_co tiles_w image blocks tiles n_in c_in h_in w_in x_n x_c x_h x_w c_out h_out w_out y_n y_c y_h y_w has_bias"
+    "tiles_co tiles_w image blocks tiles n_in c_in h_in w_in x_n x_c x_h x_w c_out h_out w_out y_n y_c y_h y_w has_bias "
+    "planes d_in x_d d_out y_d"
 ).split()
 
 
@@ -449,85 +649,140 @@ def shift(
     x, w, bias, y,
     tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
     c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias,
+    planes, d_in, x_d, d_out, y_d,
     p: gl.constexpr,
 ):  # fmt: skip
-    """y = conv_transpose2d(x, w) + bias; `w` is packed as pack_weight does, `p` a tconv.shift.Shift."""
+    """y = conv_transpose3d(x, w) + bias; `w` is packed as pack_weight or pack_folded does, `p` a tconv.shift.Shift."""
     if p.src_layout == "channels":
         x_n = x_n // 16 * 16
+        x_d = x_d // 16 * 16
         x_h = x_h // 16 * 16
         x_w = x_w // 16 * 16
         c_in = c_in // 16 * 16
     else:
         x_n = x_n // p.vector * p.vector
         x_c = x_c // p.vector * p.vector
+        x_d = x_d // p.vector * p.vector
         x_h = x_h // p.vector * p.vector
         w_in = w_in // p.vector * p.vector
     if p.dst_layout == "channels":
         y_n = y_n // 16 * 16
+        y_d = y_d // 16 * 16
         y_h = y_h // 16 * 16
         y_w = y_w // 16 * 16
         c_out = c_out // 16 * 16
     else:
         y_n = y_n // p.dst_vector * p.dst_vector
         y_c = y_c // p.dst_vector * p.dst_vector
+        y_d = y_d // p.dst_vector * p.dst_vector
         y_h = y_h // p.dst_vector * p.dst_vector
         w_out = w_out // p.dst_vector * p.dst_vector
     sizes = (
         tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
-        c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias,
+        c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias, planes, d_in, x_d, d_out, y_d,
+        _inverse(image), _inverse(planes),
     )  # fmt: skip
-    weights = gl.allocate_shared_memory(_element(p), [p.slots, CO, p.kb], _swizzled(p.kb, p.size))
+    weights = gl.allocate_shared_memory(_element(p), [p.slots, M, p.kb], _swizzled(p.kb, p.size))
     if SLICE:
         ring = gl.allocate_shared_memory(_element(p), [p.ring // 8, 8, p.kb], _swizzled(p.kb, p.size))
     else:
         ring = gl.allocate_shared_memory(_element(p), [p.ring, 1, p.kb], _pixel_rows(p.pixels, p.kb))
     if p.dst_layout == "channels":
-        buffers = gl.allocate_shared_memory(_element(p), [2, p.chunk, CO], _swizzled(CO, p.size))
+        buffers = gl.allocate_shared_memory(
+            _element(p), [2, p.chunk * p.joined, p.fold.channels], _swizzled(p.fold.channels, p.size)
+        )
     else:
         buffers = gl.allocate_shared_memory(
-            _element(p), [2, CO, p.chunk * p.joined], _swizzled(p.chunk * p.joined, p.size)
+            _element(p), [2, p.fold.channels, p.chunk * p.joined], _swizzled(p.chunk * p.joined, p.size)
         )
+    # All before the first barrier is initialised: what is allocated later may share the memory of a buffer that is not
+    # used any more, and a bulk copy into the place of a barrier goes wrong.
+    if p.how == "staged":
+        if p.src_layout == "channels":
+            staging = gl.allocate_shared_memory(_element(p), [p.staging, p.bring, p.kb], _swizzled(p.kb, p.size))
+        else:
+            staging = gl.allocate_shared_memory(_element(p), [p.staging, p.kb, p.bring], _swizzled(p.bring, p.size))
+        ready = gl.allocate_shared_memory(gl.int64, [p.staging, 1], mbarrier.MBarrierLayout())
+    else:
+        staging = ring
+        ready = ring
     x_full = gl.allocate_shared_memory(gl.int64, [p.stages, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [p.stages, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [p.slots, 1], mbarrier.MBarrierLayout())
-    w_empty = gl.allocate_shared_memory(gl.int64, [p.slots, 1], mbarrier.MBarrierLayout())
+    WEIGHTS: gl.constexpr = 1 if p.resident else p.slots  # barriers
+    w_full = gl.allocate_shared_memory(gl.int64, [WEIGHTS, 1], mbarrier.MBarrierLayout())
+    w_empty = gl.allocate_shared_memory(gl.int64, [WEIGHTS, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(gl.constexpr(p.stages)):
         mbarrier.init(x_full.index(s), count=1)
         mbarrier.init(x_empty.index(s), count=2 if p.shared else 1)
-    for s in gl.static_range(gl.constexpr(p.slots)):
+    for s in gl.static_range(WEIGHTS):
         mbarrier.init(w_full.index(s), count=1)
         mbarrier.init(w_empty.index(s), count=2)
+    for s in gl.static_range(gl.constexpr(p.staging)):
+        mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     if p.resident:
         _push_all(w, weights, w_full, sizes, p)
-    if p.by_tma and p.resident:
+    if p.resident:
         gl.warp_specialize(
             [
                 (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
                 (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
-                (_bring_by_tma, (x, ring, x_full, x_empty, sizes, p)),
-            ],
-            [4, 1],
-            [p.registers[0], p.registers[1]],
-        )
-    elif p.by_tma:
-        gl.warp_specialize(
-            [
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
-                (_bring_by_tma, (x, ring, x_full, x_empty, sizes, p)),
-                (_bring_weights, (w, weights, w_full, w_empty, sizes, p)),
-            ],
-            [4, 1, 1],
-            [p.registers[0], p.registers[1], p.registers[1]],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
-                (_bring_by_threads, (x, ring, x_full, x_empty, w, weights, w_full, w_empty, sizes, p)),
+                (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
             ],
             [4, p.producers],
             [p.registers[0], p.registers[1]],
         )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
+                (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
+                (_bring_weights, (w, weights, w_full, w_empty, sizes, p)),
+            ],
+            [4, p.producers, 1],
+            [p.registers[0], p.registers[1], 24],
+        )
+
+
+@triton.jit(
+    do_not_specialize=("c_in c_out kh kw w_i w_o w_d w_h w_w stride padding dilation low0 count0 low1 count1").split()
+)
+def pack_folded(
+    weight, packed, c_in, c_out, kh, kw, w_i, w_o, w_d, w_h, w_w, stride, padding, dilation,
+    low0, count0, low1, count1,
+    PHASES: tl.constexpr, TF32: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """packed[tap of depth and height, offset along the width, output channel and folded phase, input channel].
+
+    tconv.shift.Fold says which offsets; row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel c, and
+    zero where that phase does not read that offset.  One program an output channel, tap and BLOCK_C input channels.
+    """
+    CHANNELS: tl.constexpr = 64 // PHASES
+    width = tl.cdiv(c_in, BLOCK_K) * BLOCK_K
+    tiles_co = tl.cdiv(c_out, CHANNELS)
+    tiles_c = tl.cdiv(width, BLOCK_C)
+    pid = tl.program_id(0)
+    tile_c = pid % tiles_c
+    pid = pid // tiles_c
+    co = pid % (tiles_co * CHANNELS)
+    tap = pid // (tiles_co * CHANNELS)
+    j = tl.arange(0, BLOCK_E)
+    e = j // PHASES  # an offset of the first accumulator, then those of the second
+    second = e >= count0
+    offset = tl.where(second, low1 + e - count0, low0 + e)
+    phase = tl.where(second, PHASES, 0) + j % PHASES
+    # Output q * stride + phase reads input q + offset through tap k where dilation * k = phase + padding - stride * offset.
+    reach = phase + padding - stride * offset
+    k = reach // dilation
+    there = (reach >= 0) & (k * dilation == reach) & (k < kw) & (phase < stride)
+    c = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    present = tl.where(co < c_out, c_in, 0)
+    at = co.to(tl.int64) * w_o + (tap // kh).to(tl.int64) * w_d + (tap % kh).to(tl.int64) * w_h + k.to(tl.int64) * w_w
+    v = tl.load(weight + c[:, None] * w_i + at[None, :], mask=(c < present)[:, None] & there[None, :], other=0.0)
+    if TF32:
+        v = round_tf32(v)
+    entries = count0 + count1
+    row = ((tap * entries + e) * tiles_co + co // CHANNELS) * 64 + co % CHANNELS * PHASES + j % PHASES
+    out = packed + row.to(tl.int64)[:, None] * width + c[None, :]
+    tl.store(out, tl.trans(v), mask=(e < entries)[:, None] & (c < width)[None, :])
