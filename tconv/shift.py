@@ -241,10 +241,10 @@ def make(
         return None
     stages = min(stages, max(4, wanted[0]))
     low = tuple(lows[:1] if all_phases else lows)
-    if how == "bulk":
-        registers = 240, 24
-    else:  # so that fewest are spilt; a warp for the weights takes the registers of four
-        registers = ((192, 128) if size == 4 else (184, 136)) if resident else (184, 120)
+    # So that fewest are spilt; a warp for the weights takes the registers of four.
+    registers = {"bulk": (240, 24), True: (192, 128) if size == 4 else (184, 136), False: (184, 120)}[
+        how if how == "bulk" else resident
+    ]
     return Shift(
         taps, taps_plane, taps_all, low, low_w, depth, height.stride, width.stride, f, rows, halo_rows, box, useful,
         pixels, shared, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk,
@@ -264,6 +264,7 @@ class Walk:
     tiles_w: int
     tiles: int
     grid: int
+    processors: int
     width: int  # of the input
 
 
@@ -279,45 +280,53 @@ def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors) -> Wal
     grid = min(tiles, processors)
     if tile.resident:  # a CTA keeps the weights of one channel tile
         grid = max(tiles_co, grid // tiles_co * tiles_co)
-    return Walk(image, planes, blocks, tiles_co, tiles_w, tiles, grid, size[2])
+    return Walk(image, planes, blocks, tiles_co, tiles_w, tiles, grid, processors, size[2])
 
 
-# Rates of one SM of an H200 in a cycle, for comparing tiles with each other: multiply-adds, and bytes through registers,
-# by bulk copies, of weights and to the output; and cycles that a block of channels and a tap of it cost beside them.
-MULTIPLY_ADDS = {2: 1760, 4: 880}
-BRING = {"bulk": 40, "staged": 20, "threads": 12}
-WEIGHTS, OUTPUT = 40, 14
-BLOCK, TAP = 150, 25
-COPY = 60  # cycles of a bulk copy beside its bytes: one a row
-LINE = 128  # bytes: shorter runs of neighbouring addresses waste part of a memory transaction
+# What one SM of an H200 does in a cycle, for comparing tiles with each other: fitted to the times of 604 tiles of 17
+# layers (docs/kernels.md), of which the tile chosen so was 4 % slower than the best in geometric mean.
+MULTIPLY_ADDS = {2: 2000, 4: 1000}  # by bytes of an element
+NARROW = 0.95  # of that rate with 64 pixels a consumer: operand A takes more of shared memory's rate
+BLOCK, TAP = 150, 7  # cycles of a block of channels and of a tap of it, beside the multiply-adds
+BRING = {"bulk": 200, "staged": 21, "threads": 11}  # bytes of input
+COPY = {"bulk": 110, "staged": 400, "threads": 120}  # cycles of a row that is copied or a chunk that is brought
+WEIGHTS, WEIGHT_COPY = 90, 7  # bytes of streamed weights, cycles of a block of them
+OUTPUT = {"width": 19, "channels": 30}  # bytes stored
+LINE, SHORT = 128, 0.26  # shorter runs than so many bytes slow accesses down, by this power of what is missing
+OVERLAP = 0.3  # of the second longest of what runs side by side adds to the longest
+TILE = 2000  # cycles of a tile beside everything else
+MEMORY = 12.5  # bytes of the GPU's memory
 
 
-def cycles(tile: Shift, walked: Walk) -> float:
-    """About how many cycles the busiest SM takes."""
+def cycles(tile: Shift, walked: Walk, moved: int) -> float:
+    """About how many cycles the busiest SM takes; `moved`: bytes of input and output."""
     phases = tile.stride_h if tile.all_phases else 1
     readings = tile.depth.kernel / tile.depth.stride
     taps = tile.taps_plane * phases / tile.stride_h * readings
     pixels = tile.pixels * (2 if tile.shared else 1)
     blocks = walked.blocks * readings
     channels = walked.blocks * tile.kb
-    rate = MULTIPLY_ADDS[tile.size] * (0.75 if tile.pixels == 64 else 1.0)  # operand A's share of shared memory's rate
-    multiply = pixels * M * channels * taps / rate + blocks * phases * (BLOCK + TAP * taps / readings / phases)
+    rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels == 64 else 1.0)
+    multiply = pixels * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
     run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
-    store = pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT / run
+    store = pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
     gathered = tile.src_layout == "width" and tile.how == "threads"
     run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
-    bring = readings * tile.halo_rows * tile.box * channels * tile.size / (BRING[tile.how] * run)
-    if tile.by_tma:
-        bring += COPY * tile.halo_rows * blocks
-    weights = 0 if tile.resident else taps * channels * M * tile.size / WEIGHTS
+    bring = readings * tile.halo_rows * tile.box * channels * tile.size / BRING[tile.how] / run**SHORT
+    bring += COPY[tile.how] * blocks * (tile.halo_rows if tile.how == "bulk" else tile.brings)
+    weights = 0 if tile.resident else taps * walked.blocks * (M * tile.kb * tile.size / WEIGHTS + WEIGHT_COPY)
     # With a tile each, one group of warps multiplies while the other stores.
-    step = max(multiply + store, bring, weights) if tile.shared else max(multiply, (multiply + store) / 2, bring)
+    multiply = multiply + store if tile.shared else max(multiply, (multiply + store) / 2)
+    _, second, longest = sorted((multiply, bring, weights))
     # What is released with the last phase alone leaves no stages to bring the next tile meanwhile; bulk copies make up
-    # for it, threads did not: k4 s2 at TF32 took 2.5 ms where 1.0 is had with a tile a phase.
-    if phases > 1 and not tile.by_tma and tile.stages < 2 * blocks:
-        step = multiply + store + bring
-    step += 0.1 * bring  # of two as quick, the one that reads less
-    return cdiv(walked.tiles, walked.grid) * step + store + bring / blocks
+    # for it, threads do not.
+    waits = phases > 1 and tile.how != "bulk" and tile.stages < 2 * blocks
+    step = longest + second * (1.0 if waits else OVERLAP) + TILE
+    busiest, memory = (
+        cdiv(walked.tiles, walked.grid) * step + store + bring / blocks,
+        moved / MEMORY / walked.processors,
+    )
+    return max(busiest, memory) + 0.1 * min(busiest, memory)  # of tiles that wait for memory, the one that works less
 
 
 def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: str, vector: int) -> Iterator[tuple]:
@@ -374,10 +383,9 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
     return ""
 
 
-# Below this share of the tensor core's rate or of the memory's (bytes a cycle and SM), whichever is higher, by the model
-# above, the portable kernels fill the GPU better.
+# Below this share of the tensor core's rate or of the memory's, whichever is higher, by the model above, the portable
+# kernels fill the GPU better.
 LEAST_SHARE = 0.05
-MEMORY = 18
 
 
 @lru_cache(maxsize=4096)
@@ -393,8 +401,9 @@ def choose(
     src_vector = min(vector, 2) if source == "width" and element == 2 else 1
     dst_vector = 4 if output[2] % 4 == 0 else 1
     layouts = {"width": "width", "vectors": "channels"}
-    best = None
+    best: tuple[float, Shift] | None = None
     columns = cdiv(output[2], axes[2].stride)
+    moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
     for each in (how,) if how == "bulk" else dict.fromkeys((how, "threads")):
         for candidate in candidates(axes, dtype, columns, c_in, c_out, each, src_vector):
             tile = make(axes, dtype, c_in, *candidate, layouts[source], layouts[destination], src_vector, dst_vector)
@@ -404,13 +413,12 @@ def choose(
             rows = batch * walked.planes * walked.image + tile.halo_rows
             if rows >= MOST_ROWS or max(walked.image, walked.planes) >= MOST_DIVISOR:
                 continue
-            cost = cycles(tile, walked)
+            cost = cycles(tile, walked, moved)
             if best is None or cost < best[0]:
                 best = cost, tile
     if best is None:
         return None
-    _, tile = best
+    cost, tile = best
     products = batch * prod(output) * c_in * c_out * geometry.taps / prod(geometry.stride)
-    moved = (batch * (prod(size) * c_in + prod(output) * c_out) + c_in * c_out * geometry.taps) * tile.size
-    least = max(products / MULTIPLY_ADDS[tile.size], moved / MEMORY) / processors
-    return tile if least >= LEAST_SHARE * best[0] else None
+    least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
+    return tile if least >= LEAST_SHARE * cost else None

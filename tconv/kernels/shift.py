@@ -388,7 +388,7 @@ def _issue(x, staging, ready, sizes, at, count, p: gl.constexpr):
 @gluon.jit
 def _bring_staged(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
     """As _bring_by_threads, with bulk copies a few chunks ahead: they keep more bytes under way than registers can."""
-    blocks, tiles = sizes[3], sizes[4]
+    tiles = sizes[4]
     layout: gl.constexpr = _producer_layout(p)
     t0 = gl.program_id(0)
     many0, row0, column0, plane0 = _tile_at(t0, sizes, p)
@@ -399,7 +399,7 @@ def _bring_staged(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
     count = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         many, row, column, plane = _tile_at(t, sizes, p)
-        for b in range(0, many):
+        for _ in range(0, many):
             s = i % p.stages
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
             for n in range(0, p.brings):
