@@ -268,7 +268,7 @@ def _load(x, sizes, kb, delta, tile_w, row, J: gl.constexpr, p: gl.constexpr):
     layout: gl.constexpr = _producer_layout(p)
     BRING: gl.constexpr = p.bring
     z = _opaque_zero(kb)
-    c = kb * p.kb + gl.arange(0, p.kb, layout=gl.SliceLayout(0, layout))
+    c = (kb + z) * p.kb + gl.arange(0, p.kb, layout=gl.SliceLayout(0, layout))
     at = (J + z) * BRING + gl.arange(0, p.bring, layout=gl.SliceLayout(1, layout))
     w = tile_w * p.useful + p.low_w + at % p.box
     n, d, h = _planes(row + at // p.box, sizes, p)
