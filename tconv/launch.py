@@ -1,20 +1,20 @@
-"""Tensors in, tensors out: allocate the result, carry out the plan.
+"""Tensors in, tensors out: allocate the result, carry out the plan; a call like an earlier one repeats its record.
 
 The kernels are imported at the first launch, so that tconv imports where Triton is not installed.
 """
 
 from __future__ import annotations
 
-import contextlib
 from math import gcd, prod
 
 import torch
 from torch._prims_common import suggest_memory_format
 
-from . import aten, shift
+from . import aten, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import Plan, Problem, allow_tf32, plan, target_of, unsupported
 from .geometry import Geometry
+from .record import Described, Record, on_device
 
 INT32 = 2**31 - 1
 
@@ -67,13 +67,6 @@ def layout(t: torch.Tensor, groups: int = 1) -> str:
     return "width" if t.shape[-1] > 1 and t.stride(-1) == 1 else "strided"
 
 
-def on_device(t: torch.Tensor):
-    """Triton launches on the current device; this makes it the tensor's."""
-    if t.device.type == "cuda" and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
-
-
 def axis_scalars(geometry: Geometry, inverse: bool) -> tuple[int, ...]:
     """kernel, stride, padding and dilation (and gcd and inverse) of the three axes, in the kernels' order."""
     axes = geometry.axes3
@@ -94,8 +87,7 @@ def vector(t: torch.Tensor, source: str) -> int:
     if 0 in strides:  # expanded: no bulk copy takes that
         return 1
     width = [t.shape[-1]] if source == "width" else []
-    address = 0 if t.device.type == "meta" else t.data_ptr() // t.element_size()
-    together = gcd(16, address, *strides, *width)
+    together = gcd(16, t.data_ptr() // t.element_size(), *strides, *width)
     return together & -together
 
 
@@ -120,24 +112,36 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
 
 def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     """conv_transpose of a batched, checked input."""
+    bias = None if bias is None else bias.contiguous()
+    key = "forward", geometry, allow_tf32(), record.facts(input, weight, bias)
+    if known := record.find(key):
+        return known.again(input, weight, bias)
     c_out = weight.shape[1] * geometry.groups
-    output = empty_output(input, weight, geometry.output_size(input.shape[2:]), c_out)
+    size = input.shape[0], c_out, *geometry.output_size(input.shape[2:])
+    noted = Record(input, weight, bias)
+    output = noted.result(size, input, memory_format(input, weight))
     if output.numel() == 0:
         return output
     problem = make_problem("forward", geometry, input.shape, c_out, input, output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
         return output.copy_(aten.forward(input, weight, bias, geometry))
-    if chosen.family == "shift":
-        forward_shift(chosen, input, weight, bias, output, geometry)
-    else:
-        gather(chosen, input, weight, bias, output, geometry, True, problem.large)
-    return output
+    with on_device(input):
+        if chosen.family == "shift":
+            forward_shift(noted, chosen, input, weight, bias, output, geometry)
+        else:
+            gather(noted, chosen, input, weight, bias, output, geometry, True, problem.large)
+    return noted.keep(key)
 
 
 def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch.Tensor:
     """grad_input, of spatial size `input_size`."""
-    grad_input = empty_output(grad_output, weight, input_size, weight.shape[0])
+    key = "backward_input", geometry, allow_tf32(), record.facts(grad_output, weight), tuple(input_size)
+    if known := record.find(key):
+        return known.again(grad_output, weight)
+    noted = Record(grad_output, weight)
+    size = grad_output.shape[0], weight.shape[0], *input_size
+    grad_input = noted.result(size, grad_output, memory_format(grad_output, weight))
     if grad_input.numel() == 0:
         return grad_input
     if grad_output.numel() == 0:
@@ -146,19 +150,19 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
         return grad_input.copy_(aten.backward(grad_output, grad_input, weight, geometry, 0))
-    gather(chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
-    return grad_input
+    with on_device(grad_output):
+        gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
+    return noted.keep(key)
 
 
 def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     """grad_weight, of shape (in_channels, out_channels / groups, *kernel)."""
+    key = "backward_weight", geometry, allow_tf32(), record.facts(grad_output, input)
+    if known := record.find(key):
+        return known.again(grad_output, input)
     c_in, c_out, g = input.shape[1], grad_output.shape[1], geometry.groups
-    grad_weight = torch.empty(
-        (c_in, c_out // g, *geometry.kernel),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=memory_format(input, grad_output),
-    )
+    noted = Record(grad_output, input)
+    grad_weight = noted.result((c_in, c_out // g, *geometry.kernel), input, memory_format(input, grad_output))
     if input.numel() == 0 or grad_output.numel() == 0:
         return grad_weight.zero_()
     problem = make_problem("backward_weight", geometry, input.shape, c_out, input, grad_output)
@@ -171,13 +175,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
 
     config = chosen.config
     assert isinstance(config, Config)
-    acc = accumulator(input.dtype)
     columns, taps = c_in * (c_out // g), geometry.taps
-    partial = torch.empty(
-        (chosen.splits, taps, columns),
-        dtype=torch.float64 if input.dtype is torch.float64 else torch.float32,
-        device=input.device,
-    )
     scalars = (
         input.shape[0],
         c_in // g,
@@ -194,30 +192,26 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
         X_LAYOUT=layout(input, g),
         Y_LAYOUT=layout(grad_output, g),
         LARGE=problem.large,
-        ACC=acc,
+        ACC=accumulator(input.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BOX_W=config.box_w,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
     with on_device(input):
+        partial = noted.workspace((chosen.splits, taps, columns), dtype, input)
         if chosen.family == "direct":
             grid = taps * cdiv(columns, config.block_n) * chosen.splits
-            weight_direct[(grid,)](input, grad_output, partial, *scalars, **constants)
+            noted.launch(weight_direct, grid, input, grad_output, partial, *scalars, **constants)
         else:
+            constants |= dict(PRECISION=chosen.precision, BLOCK_K=config.block_k)
             tiles = cdiv(c_in // g, config.block_m) * cdiv(c_out // g, config.block_n)
-            weight_gemm[(taps * tiles * g * chosen.splits,)](
-                input,
-                grad_output,
-                partial,
-                *scalars,
-                **constants,
-                PRECISION=chosen.precision,
-                BLOCK_K=config.block_k,
-            )
-        _sum_partials(partial, grad_weight, c_out // g, geometry.axes3)
-    return grad_weight
+            grid = taps * tiles * g * chosen.splits
+            noted.launch(weight_gemm, grid, input, grad_output, partial, *scalars, **constants)
+        _sum_partials(noted, partial, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)
+    return noted.keep(key)
 
 
 def backward_bias(grad_output) -> torch.Tensor:
@@ -225,26 +219,27 @@ def backward_bias(grad_output) -> torch.Tensor:
     from .configs import direct, splits
     from .kernels.reduce import sum_pixels
 
+    key = "backward_bias", record.facts(grad_output)
+    if known := record.find(key):
+        return known.again(grad_output)
     target = target_of(grad_output.device)
     if unsupported(target):
         return aten.backward_bias(grad_output)
     batch, channels, *size = grad_output.shape
-    grad_bias = torch.empty((channels,), dtype=grad_output.dtype, device=grad_output.device)
+    noted = Record(grad_output)
+    grad_bias = noted.result((channels,), grad_output, torch.contiguous_format)
     if grad_output.numel() == 0:
         return grad_bias.zero_()
-    last = is_channels_last(grad_output)
     d, h, w = sizes3(size)
-    config = direct(batch * d * h, w, channels, last, target)
+    config = direct(batch * d * h, w, channels, is_channels_last(grad_output), target)
     tiles = cdiv(batch * d * h, config.block_m // config.box_w) * cdiv(w, config.box_w)
     programs = cdiv(channels, config.block_n)
     count, per_split = splits(tiles, programs, channels, config.block_m, target)
-    partial = torch.empty(
-        (count, 1, channels),
-        dtype=torch.float64,
-        device=grad_output.device,
-    )
     with on_device(grad_output):
-        sum_pixels[(programs * count,)](
+        partial = noted.workspace((count, 1, channels), torch.float64, grad_output)
+        noted.launch(
+            sum_pixels,
+            programs * count,
             grad_output,
             partial,
             batch,
@@ -261,11 +256,11 @@ def backward_bias(grad_output) -> torch.Tensor:
             BOX_W=config.box_w,
             num_warps=config.num_warps,
         )
-        _sum_partials(partial, grad_bias.view(channels, 1, 1, 1, 1), 1, None)
-    return grad_bias
+        _sum_partials(noted, partial, grad_bias, (1, 0, 0, 0, 0), 1, None)
+    return noted.keep(key)
 
 
-def pack(weight, roles, taps, groups, c_src, c_dst, block_n, block_k, tf32: bool) -> torch.Tensor:
+def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, tf32: bool) -> torch.Tensor:
     """The weight as [group and tap, destination channel, source channel], zero-padded to whole blocks.
 
     roles: the weight's strides along group, source channel and destination channel; taps: along the kernel's axes.
@@ -274,9 +269,11 @@ def pack(weight, roles, taps, groups, c_src, c_dst, block_n, block_k, tf32: bool
 
     count, _, kh, kw = prod(weight.shape[2:]), *sizes3(weight.shape[2:])
     height, width = cdiv(c_dst, block_n) * block_n, cdiv(c_src, block_k) * block_k
-    packed = torch.empty((groups * count, height, width), dtype=weight.dtype, device=weight.device)
+    packed = noted.workspace((groups * count, height, width), weight.dtype, weight)
     block_t, block_c = 16, min(64, width)
-    pack_weight[(cdiv(count, block_t) * cdiv(width, block_c) * height * groups,)](
+    noted.launch(
+        pack_weight,
+        cdiv(count, block_t) * cdiv(width, block_c) * height * groups,
         weight,
         packed,
         c_src,
@@ -295,17 +292,18 @@ def pack(weight, roles, taps, groups, c_src, c_dst, block_n, block_k, tf32: bool
     return packed
 
 
-def pack_folded(weight, geometry: Geometry, tile: shift.Shift, tf32: bool) -> torch.Tensor:
+def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift, tf32: bool) -> torch.Tensor:
     """The weight as a shift tile with folded phases takes it: [taps and offsets, rows of M, input channel]."""
     from .kernels.shift import pack_folded as kernel
 
     (c_in, c_out), (kd, kh, kw), fold = weight.shape[:2], sizes3(weight.shape[2:]), tile.fold
     width, height, entries = cdiv(c_in, tile.kb) * tile.kb, cdiv(c_out, fold.channels) * shift.M, sum(fold.count)
-    packed = torch.empty((kd * kh * entries, height, width), dtype=weight.dtype, device=weight.device)
+    packed = noted.workspace((kd * kh * entries, height, width), weight.dtype, weight)
     (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
     axis = geometry.axes3[2]
     block_c = min(64, width)
-    kernel[(kd * kh * cdiv(height, fold.phases) * cdiv(width, block_c),)](
+    noted.launch(
+        kernel, kd * kh * cdiv(height, fold.phases) * cdiv(width, block_c),
         weight, packed, c_in, c_out, kh, kw, *strides5(weight), axis.stride, axis.padding, axis.dilation,
         low0, count0, low1, count1,
         PHASES=fold.phases,
@@ -317,10 +315,8 @@ def pack_folded(weight, geometry: Geometry, tile: shift.Shift, tf32: bool) -> to
     return packed
 
 
-def forward_shift(chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
+def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
     """Launch the shift kernel; 1-d and 2-d layers run as 3-d ones of one row or one plane."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from .kernels import shift as kernels
 
     tile = chosen.config
@@ -332,61 +328,39 @@ def forward_shift(chosen: Plan, input, weight, bias, output, geometry: Geometry)
     w_i, w_o, *w_taps = strides5(weight)
     walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, target_of(input.device).processors)
     tf32 = chosen.precision == "tf32"
-    with on_device(input):
-        if tile.fold.phases > 1:
-            packed = pack_folded(weight, geometry, tile, tf32)
-        else:
-            packed = pack(weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.M, tile.kb, tf32)
-        blocks = packed.flatten(0, 1)
-        w_layout, x_layout = kernels.descriptor_layouts(tile)
-        source = input
-        if tile.how != "threads":
-            # A dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes.
-            shape, strides = [batch, d_in, h_in, w_in, c_in], [x_n or 16, x_d or 16, x_h or 16, x_w or 16, x_c or 16]
-            box = [1, 1, 1, tile.box if tile.by_tma else tile.bring, tile.kb]
-            order = [0, 1, 2, 3, 4] if tile.src_layout == "channels" else [0, 4, 1, 2, 3]
-            if not tile.volume:
-                order.remove(1)
-            shape, strides, box = ([each[i] for i in order] for each in (shape, strides, box))
-            strides[-1] = 1
-            source = TensorDescriptor(input, shape, strides, box, x_layout)
-        kernels.shift[(walked.grid,)](
-            source,
-            TensorDescriptor(blocks, list(blocks.shape), list(blocks.stride()), [shift.M, tile.kb], w_layout),
-            output if bias is None else bias.contiguous(),
-            output,
-            walked.tiles_co,
-            walked.tiles_w,
-            walked.image,
-            walked.blocks,
-            walked.tiles,
-            batch,
-            c_in,
-            h_in,
-            w_in,
-            x_n,
-            x_c,
-            x_h,
-            x_w,
-            c_out,
-            h_out,
-            w_out,
-            y_n,
-            y_c,
-            y_h,
-            y_w,
-            bias is not None,
-            walked.planes,
-            d_in,
-            x_d,
-            d_out,
-            y_d,
-            tile,
-            num_warps=4,
-        )
+    if tile.fold.phases > 1:
+        packed = pack_folded(noted, weight, geometry, tile, tf32)
+    else:
+        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.M, tile.kb, tf32)
+    taps, height, width = packed.shape
+    w_layout, x_layout = kernels.descriptor_layouts(tile)
+    source = input
+    if tile.how != "threads":
+        # A dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes.
+        shape, strides = [batch, d_in, h_in, w_in, c_in], [x_n or 16, x_d or 16, x_h or 16, x_w or 16, x_c or 16]
+        box = [1, 1, 1, tile.box if tile.by_tma else tile.bring, tile.kb]
+        order = [0, 1, 2, 3, 4] if tile.src_layout == "channels" else [0, 4, 1, 2, 3]
+        if not tile.volume:
+            order.remove(1)
+        shape, strides, box = ([each[i] for i in order] for each in (shape, strides, box))
+        strides[-1] = 1
+        source = Described(input, (shape, strides, box, x_layout))
+    noted.launch(
+        kernels.shift, walked.grid,
+        source, Described(packed, ([taps * height, width], [width, 1], [shift.M, tile.kb], w_layout)),
+        output if bias is None else bias, output,
+        walked.tiles_co, walked.tiles_w, walked.image, walked.blocks, walked.tiles,
+        batch, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
+        c_out, h_out, w_out, y_n, y_c, y_h, y_w, bias is not None,
+        walked.planes, d_in, x_d, d_out, y_d,
+        tile,
+        num_warps=4,
+    )  # fmt: skip
 
 
-def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool, large: bool) -> None:
+def gather(
+    noted: Record, chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool, large: bool
+) -> None:
     """Launch the family's gather kernel: the forward pass, or backward_input with the roles exchanged."""
     from .kernels.direct import gather_direct
     from .kernels.gemm import gather_gemm
@@ -426,44 +400,26 @@ def gather(chosen: Plan, source, weight, bias, destination, geometry: Geometry, 
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    bias = source if bias is None else bias.contiguous()
-    with on_device(source):
-        if chosen.family == "direct":
-            grid = tiles * cdiv(c_dst * g, config.block_n)
-            gather_direct[(grid,)](source, weight, bias, destination, *scalars, g, *w_roles, *w_taps, **constants)
-            return
-        packed = pack(
-            weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, chosen.precision == "tf32"
+    bias = source if bias is None else bias
+    if chosen.family == "direct":
+        grid = tiles * cdiv(c_dst * g, config.block_n)
+        noted.launch(
+            gather_direct, grid, source, weight, bias, destination, *scalars, g, *w_roles, *w_taps, **constants
         )
-        height = packed.shape[1]
-        gather_gemm[(tiles * (height // config.block_n) * g,)](
-            source,
-            packed,
-            bias,
-            destination,
-            *scalars,
-            **constants,
-            EVEN_C=c_src % config.block_k == 0,
-            PRECISION=chosen.precision,
-            BLOCK_K=config.block_k,
-        )
+        return
+    packed = pack(
+        noted, weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, chosen.precision == "tf32"
+    )
+    constants |= dict(EVEN_C=c_src % config.block_k == 0, PRECISION=chosen.precision, BLOCK_K=config.block_k)
+    grid = tiles * (packed.shape[1] // config.block_n) * g
+    noted.launch(gather_gemm, grid, source, packed, bias, destination, *scalars, **constants)
 
 
-def _sum_partials(partial, grad, c_out, axes) -> None:
+def _sum_partials(noted: Record, partial, grad, strides, c_out, axes) -> None:
     from .kernels.reduce import sum_partials
 
     splits, taps, columns = partial.shape
     _, kh, kw = (a.kernel for a in axes) if axes else (1, 1, 1)
     block = 1024
-    sum_partials[(cdiv(taps * columns, block),)](
-        partial,
-        grad,
-        splits,
-        taps,
-        columns,
-        c_out,
-        kh,
-        kw,
-        *strides5(grad),
-        BLOCK=block,
-    )
+    grid = cdiv(taps * columns, block)
+    noted.launch(sum_partials, grid, partial, grad, splits, taps, columns, c_out, kh, kw, *strides, BLOCK=block)

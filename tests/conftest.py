@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tconv import record
+
 if torch.cuda.device_count() > 1:  # workers of a parallel run spread over the GPUs
     torch.cuda.set_device(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % torch.cuda.device_count())
 
@@ -52,6 +54,13 @@ def _output(*command):
 
 def pytest_report_header():
     return "tconv on " + ", ".join(f"{k} {v}" for k, v in environment().items() if v)
+
+
+def pytest_runtest_logreport(report):
+    """A failure is told at once: a long run that is stopped has told its failures."""
+    if report.failed:
+        reason = str(report.longrepr).strip().splitlines()[-1:] or [""]
+        print(f"\nFAILED {report.nodeid} ({report.when}): {reason[0]}", flush=True)
 
 
 def pytest_addoption(parser):
@@ -95,6 +104,7 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     precision = torch.backends.cudnn.conv.fp32_precision
     torch.manual_seed(0)
+    record.forget()  # so that no test depends on what another one called
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.conv.fp32_precision = precision

@@ -1,0 +1,118 @@
+"""A pass's launches, recorded at its first call and carried out again at the calls that are like it.
+
+Deciding on a plan and having Triton look at some forty arguments takes the host longer than the kernels of many a layer
+run.  All of it follows from facts of the tensors (sizes, strides, dtype, device, alignment) and of the layer; a Record
+keeps what came of it: what to allocate, and the compiled kernels with their arguments, of which only tensors change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+
+OPTIONS = ("num_warps", "num_stages")  # what a launch is told beside the kernel's own parameters
+
+
+def on_device(t: torch.Tensor):
+    """Triton launches on the current device; this makes it the tensor's."""
+    if t.device.type == "cuda" and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+class Described(NamedTuple):
+    """A tensor as bulk copies take it, with the facts of Triton's TensorDescriptor."""
+
+    base: torch.Tensor
+    facts: tuple  # shape, strides, block_shape, layout
+
+
+def _described(base: torch.Tensor, facts: tuple):
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(base, *facts)
+
+
+class Record:
+    """The launches of one pass, built by carrying it out: `result` and `workspace` allocate, `launch` launches, and all
+    take note.  `again` repeats it on other tensors of the same facts."""
+
+    def __init__(self, *tensors: torch.Tensor | None):
+        """tensors: those of the call, in the order in which `again` will be given others; the first is on the device."""
+        self._known: list[torch.Tensor | None] = list(tensors)
+        self._allocations: list[dict[str, Any]] = []  # arguments of torch.empty
+        self._steps: list[tuple] = []
+        self._complete = True  # whether every launch can be repeated
+
+    def _empty(self, **how) -> torch.Tensor:
+        made = torch.empty(**how)
+        self._known.append(made)
+        self._allocations.append(how)
+        return made
+
+    def result(self, size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+        """The uninitialised result, of like's dtype and device; to be asked for first."""
+        return self._empty(size=tuple(size), dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+    def workspace(self, size, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor for the time of the call, on like's device."""
+        return self._empty(size=size, dtype=dtype, device=like.device)
+
+    def launch(self, kernel, grid: int, *args, **constants) -> None:
+        """Launch `kernel` on `grid` programs.  Tensors among the arguments are the call's or were allocated here."""
+        real = [_described(*a) if isinstance(a, Described) else a for a in args]
+        compiled = kernel[(grid,)](*real, **constants)
+        if not hasattr(compiled, "__getitem__"):  # the interpreter compiles nothing
+            self._complete = False
+            return
+        named = dict(zip(kernel.arg_names, args)) | {k: v for k, v in constants.items() if k not in OPTIONS}
+        values = [named[name] for name in kernel.arg_names]
+        places = []  # (position, which of the known tensors, its descriptor's facts)
+        for i, value in enumerate(values):
+            base, facts = value if isinstance(value, Described) else (value, None)
+            if isinstance(base, torch.Tensor):
+                places.append((i, next(n for n, t in enumerate(self._known) if t is base), facts))
+                values[i] = None  # a record keeps no tensor alive
+        self._steps.append((compiled[(grid, 1, 1)], values, places))
+
+    def keep(self, key: tuple) -> torch.Tensor:
+        """Let `find` find this, if it can be repeated; returns the result."""
+        result = self._known[-len(self._allocations)]
+        assert result is not None
+        self._known = []
+        if self._complete:
+            if len(_records) >= MOST_RECORDS:
+                forget()
+            _records[key] = self
+        return result
+
+    def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
+        """Carry it out on other tensors; returns the result."""
+        first = tensors[0]
+        assert first is not None
+        with on_device(first):
+            made = [torch.empty(**how) for how in self._allocations]
+            known = (*tensors, *made)
+            for start, values, places in self._steps:
+                args = values.copy()
+                for i, at, facts in places:
+                    args[i] = known[at] if facts is None else _described(known[at], facts)
+                start(*args)
+        return made[0]
+
+
+MOST_RECORDS = 4096  # then all are forgotten, so that ever new sizes do not fill the memory
+_records: dict[tuple, Record] = {}
+find = _records.get
+
+
+def forget() -> None:
+    """Drop all records: the next call of every kind decides anew."""
+    _records.clear()
+
+
+def facts(*tensors: torch.Tensor | None) -> tuple:
+    """What launches depend on of tensors, values aside.  No kernel asks for an alignment of more than 64 bytes."""
+    return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 64) for t in tensors)

@@ -1,0 +1,150 @@
+"""Compare what a recorded call launches with what its first call launched, with no GPU, under whichever Triton is here.
+
+    python tests/recorded.py
+
+A driver that launches nothing stands in for the GPU: it writes down what Triton's own launch path and a Record's hand
+to it.  One line a pass goes out; the exit status is 1 where they differ.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from tconv import dispatch, launch, record
+from tconv.configs import Target
+from tconv.geometry import Geometry
+
+started: list[tuple] = []
+
+
+class Utils:
+    """Of the driver: nothing is loaded."""
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, name, kernel, shared, device):
+        return 1, name, 128, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module):
+        pass
+
+
+class Launcher:
+    """Of a compiled kernel: writes down what it is called with."""
+
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *args):
+        started.append((*args[:6], *args[9:]))  # without the launch's metadata and hooks
+
+
+class Driver:
+    """An H100 that nobody has."""
+
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def written(tensors) -> list[list]:
+    """The launches since the last call of this, tensors named by when they first appeared."""
+    names = {t.data_ptr(): f"argument {i}" for i, t in enumerate(tensors) if t is not None}
+
+    def name(value):
+        if hasattr(value, "block_shape"):
+            return [name(value.base), value.shape, value.strides, value.block_shape, str(value.layout)]
+        if isinstance(value, torch.Tensor):
+            return names.setdefault(value.data_ptr(), f"allocation {len(names)}"), value.dtype
+        return str(value)
+
+    found = [[name(value) for value in args] for args in started]
+    started.clear()
+    return found
+
+
+def compare(title, function, *args) -> bool:
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    first = function(*args)
+    before = written(tensors)
+    others = [torch.randn_like(a) if isinstance(a, torch.Tensor) else a for a in args]
+    second = function(*others)
+    after = written([a for a in others if isinstance(a, torch.Tensor)])
+    same = before == after and (first.shape, first.stride(), first.dtype) == (
+        second.shape,
+        second.stride(),
+        second.dtype,
+    )
+    kernels = [args[4] for args in before]
+    print(f"{title}: {'the same' if same else 'DIFFERENT'}, {', '.join(kernels)}", flush=True)
+    for one, other in zip(before, after, strict=False):
+        for i, pair in enumerate(zip(one, other, strict=False)):
+            if pair[0] != pair[1]:
+                print(f"  argument {i} of {one[4]}: {pair[0]} and {pair[1]}")
+    return same and bool(before)
+
+
+def main() -> int:
+    driver.set_active(Driver())
+    target = Target("cuda", 90, 132, tuple(map(int, triton.__version__.split(".")[:2])))
+    dispatch.target_of = launch.target_of = lambda device: target
+    good = True
+    for title, size, groups, dtype, last in (
+        ("staged", (8, 64, 32, 64), 1, torch.float16, False),
+        ("folded", (8, 64, 64), 1, torch.float32, False),
+        ("bulk", (2, 64, 8, 16, 16), 1, torch.bfloat16, True),
+        ("direct", (2, 64, 16, 16), 64, torch.float32, False),
+        ("small", (1, 64, 4, 4), 1, torch.float32, True),
+    ):
+        n = len(size) - 2
+        stride = 4 if title == "folded" else 2
+        geometry = Geometry((4,) * n, (stride,) * n, (1,) * n, (0,) * n, groups, (1,) * n)
+        form = {2: torch.channels_last, 3: torch.channels_last_3d}[n] if last else torch.contiguous_format
+        x = torch.randn(size).to(dtype).contiguous(memory_format=form)
+        w = torch.randn(size[1], 64 // groups, *geometry.kernel).to(dtype)
+        bias = torch.randn(64).to(dtype)
+        y = launch.empty_output(x, w, geometry.output_size(size[2:]), 64).zero_()
+        good &= compare(f"{title} forward", launch.forward, x, w, bias, geometry)
+        good &= compare(f"{title} forward without bias", launch.forward, x, w, None, geometry)
+        good &= compare(f"{title} backward_input", launch.backward_input, y, w, size[2:], geometry)
+        good &= compare(f"{title} backward_weight", launch.backward_weight, y, x, geometry)
+        good &= compare(f"{title} backward_bias", launch.backward_bias, y)
+    count = len(record._records)
+    print(f"Triton {triton.__version__}: {count} records")
+    # Other facts, another record: alignment, strides, the bias, torch's precision flag.
+    x = x.clone(memory_format=torch.contiguous_format)
+    calls = [
+        (x, w, bias),
+        (torch.randn(x.numel() + 1)[1:].view_as(x), w, bias),
+        (x.transpose(2, 3), w, bias),
+        (x, w.transpose(2, 3), bias),
+        (x, w, None),
+    ]
+    for args in calls:
+        launch.forward(*args, geometry)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    launch.forward(*calls[0], geometry)
+    if len(record._records) != count + len(calls) + 1:
+        print(f"{len(record._records) - count} records of {len(calls) + 1} kinds of call")
+        good = False
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
