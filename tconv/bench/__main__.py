@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from itertools import product
@@ -147,6 +146,7 @@ def _run_model(args) -> int:
         print("No CUDA device: nothing was measured.")
         return 0
     from .run import run_models
+    from .store import dump
 
     budget, most = (0.5, 20) if args.quick else (5.0, 100)
     common = {"mode": "model", "gpu": True, "spec": args.model, "budget": args.budget or budget, "most": most}
@@ -157,7 +157,7 @@ def _run_model(args) -> int:
         result["head"] = result["head"] or told["head"]
         result["models"].append(told["model"])
         print(told["model"].get("converted") or told["model"]["check"]["note"], flush=True)
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    Path(args.output).write_text(dump(result))
     show(result, args.plain)
     print(f"written: {args.output}")
     return int(any(m["check"]["status"] != "ok" for m in result["models"]))

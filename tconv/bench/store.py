@@ -120,7 +120,7 @@ class Store:
             head["clocks_at_end"] = self.clocks
         head["seconds"] = self.seconds
         result = {"head": head, "settings": settings.kept(), "rows": self.rows, "first_calls": self.first}
-        self.path.write_text(json.dumps(result, indent=1) + "\n")
+        self.path.write_text(dump(result))
         with self.path.with_suffix(".csv").open("w", newline="") as f:
             writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
             writer.writeheader()
@@ -128,6 +128,13 @@ class Store:
         self.file.close()
         self.partial.unlink()
         return result
+
+
+def dump(result: dict) -> str:
+    """A result as JSON text, a row a line: a long run has tens of thousands."""
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    rest = {key: value for key, value in result.items() if key != "rows"}
+    return json.dumps(rest, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def task_id(row: dict) -> str:
