@@ -309,7 +309,7 @@ def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift, tf
         PHASES=fold.phases,
         TF32=tf32,
         BLOCK_K=tile.kb,
-        BLOCK_E=power_of_two(entries * fold.phases, 1, 1 << 10),
+        BLOCK_E=power_of_two(entries * fold.phases, 1, shift.MOST_FOLDED),
         BLOCK_C=block_c,
     )  # fmt: skip
     return packed

@@ -20,6 +20,7 @@ TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))  # the releases whose Gluon the kernel
 MOST_TAPS = 64  # along height and width: they are unrolled
 MOST_PHASES = 8  # along the height: each has code of its own
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
+MOST_FOLDED = 1024  # offsets times phases: kernels.shift.pack_folded takes them at once
 MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
 
 
@@ -195,6 +196,8 @@ def make(
     step = max(align, cdiv(dst_vector, width.stride)) if dst_layout == "width" else align
     useful -= useful % step
     if not rows or useful < 1 or box % align:
+        return None
+    if f.phases > 1 and f.phases * blocks_w > MOST_FOLDED:
         return None
     if dst_layout == "channels" and f.channels * size < 32:
         return None  # the least that a buffer's swizzle takes

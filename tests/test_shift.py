@@ -155,6 +155,15 @@ def test_tiles_make_the_convolution(name, dtype):
     assert len(kinds) > 2
 
 
+def test_wide_folds_are_left():
+    """Dilated taps may span more offsets than pack_folded takes at once."""
+    axes = geometry(1, 9, 5, dilation=128).axes3
+    for how in ("threads", "staged"):
+        for candidate in shift.candidates(axes, "bf16", 4096, 64, 64, how, 1):
+            tile = shift.make(axes, "bf16", 64, *candidate, "width", "width", 1, 1)
+            assert tile is None or sum(tile.fold.count) * tile.fold.phases <= shift.MOST_FOLDED
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_tiles_fit(suite):
     """Every tile chosen for the suites fits the shared memory and has the stages without which the kernel would hang."""
