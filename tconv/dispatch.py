@@ -187,7 +187,7 @@ def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | No
         p.geometry, p.batch, p.c_in, p.c_out, p.input_size, NAMES[p.dtype], p.source, p.destination, p.vector,
         target.processors,
     )  # fmt: skip
-    return tile, "too small for the shift kernel's tiles"
+    return tile, "none of the shift kernel's tiles fits or fills the GPU"
 
 
 @lru_cache(maxsize=8192)

@@ -83,7 +83,8 @@ def accumulator(dtype: torch.dtype):
 def vector(t: torch.Tensor, source: str) -> int:
     """The power of two, at most 16, that divides an activation's address and strides in elements (but that of the
     contiguous dimension), and its width where that is the contiguous one."""
-    strides = [st for st, n in zip(t.stride(), t.shape) if n > 1 and st != 1]
+    contiguous = 1 if source in ("channels", "vectors") else t.ndim - 1
+    strides = [st for i, (st, n) in enumerate(zip(t.stride(), t.shape)) if n > 1 and i != contiguous]
     if 0 in strides:  # expanded: no bulk copy takes that
         return 1
     width = [t.shape[-1]] if source == "width" else []

@@ -44,7 +44,8 @@ class Record:
         self._known: list[torch.Tensor | None] = list(tensors)
         self._allocations: list[dict[str, Any]] = []  # arguments of torch.empty
         self._steps: list[tuple] = []
-        self._complete = True  # whether every launch can be repeated
+        # Whether every launch can be repeated: not those of a tensor that plays two parts, which others need not play.
+        self._complete = len({id(t) for t in tensors if t is not None}) == sum(t is not None for t in tensors)
 
     def _empty(self, **how) -> torch.Tensor:
         made = torch.empty(**how)

@@ -28,7 +28,7 @@ MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
 class Fold:
     """How the phases along the width share accumulators: phase b is row b % phases of each channel in accumulator
     b // phases.  With one phase an accumulator its taps are the weight's own; with more, an accumulator has a block of
-    weights for each input offset that any of its phases reads, with zeros for those that do not."""
+    weights for each input offset that its phases read, which must be the same for all of them."""
 
     phases: int  # of an accumulator, a power of two
     accumulators: int  # 1 or 2
@@ -81,6 +81,7 @@ class Shift:
     low: tuple[int, ...]
     low_w: int
     depth: Axis  # its taps are summed one after the other: a reading of the input each
+    volume: bool  # whether there is a depth: an image of more than one plane, or an axis that does something
     stride_h: int
     stride_w: int
     fold: Fold
@@ -124,19 +125,9 @@ class Shift:
         return cdiv(self.halo_rows * self.box, self.bring)
 
     @property
-    def one_phase(self) -> bool:
-        """Whether a tile does one phase along the height (where there is one phase, that is all of them)."""
-        return len(self.low) == self.stride_h
-
-    @property
     def all_phases(self) -> bool:
         """Whether a tile does all phases along the height, from one reading of its input."""
         return len(self.low) == 1
-
-    @property
-    def volume(self) -> bool:
-        """Whether there is a depth."""
-        return self.depth != Axis(1, 1, 0, 1)
 
     def describe(self) -> str:
         """In words; not __str__, which Triton takes for the key of its cache."""
@@ -164,6 +155,7 @@ def make(
     dst_layout: str,
     src_vector: int,
     dst_vector: int,
+    volume: bool,
 ) -> Shift | None:
     """The tile with `box` pixels a row, or None where it does not fit."""
     depth, height, width = axes
@@ -179,8 +171,13 @@ def make(
     else:
         spans = [(g, low + i) for g, (low, n) in enumerate(zip(f.low, f.count)) for i in range(n)]
         read = [{d for taps in by_w[g * f.phases : (g + 1) * f.phases] for _, d in taps} for g in range(f.accumulators)]
-        across = [(g, e, d) for e, (g, d) in enumerate(spans) if d in read[g]]
+        across = [(g, e, d) for e, (g, d) in enumerate(spans)]
         blocks_w = len(spans)
+        # Where a phase does not read what its neighbours in the accumulator read, a zero weight would meet that input, and
+        # make an infinity in it a NaN in an output that it does not reach.
+        for b, own in enumerate(by_w):
+            if {d for _, d in own} != read[b // f.phases] or len(own) != f.count[b // f.phases]:
+                return None
     columns = [d for _, _, d in across]
     low_w, high_w = min(columns, default=0), max(columns, default=0)
     staged = how == "staged"
@@ -249,7 +246,7 @@ def make(
         how if how == "bulk" else resident
     ]
     return Shift(
-        taps, taps_plane, taps_all, low, low_w, depth, height.stride, width.stride, f, rows, halo_rows, box, useful,
+        taps, taps_plane, taps_all, low, low_w, depth, volume, height.stride, width.stride, f, rows, halo_rows, box, useful,
         pixels, shared, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk,
         src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,
         1 if how == "bulk" else 4,
@@ -364,7 +361,7 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
 
 def refuse(geometry, c_in, c_out, large, precision, source, destination, vector, target: Target) -> str:
     """Why the shift kernel does not take a problem, or ""."""
-    _, height, width = geometry.axes3
+    depth, height, width = geometry.axes3
     for bad, why in (
         (target.backend != "cuda" or target.arch != 90, "the shift kernel is for sm_90"),
         (
@@ -373,6 +370,10 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
         ),
         (geometry.groups > 1, "the shift kernel has no groups yet"),
         (precision not in ("half", "tf32"), f"the shift kernel has no {precision} yet"),
+        (
+            max(depth.stride, depth.padding) > MOST_DIVISOR,
+            f"the shift kernel has strides and paddings up to {MOST_DIVISOR} along the depth",
+        ),
         (width.stride > MOST_WIDTH_PHASES, f"the shift kernel has strides up to {MOST_WIDTH_PHASES} along the width"),
         (height.stride > MOST_PHASES, f"the shift kernel has strides up to {MOST_PHASES} along the height"),
         (height.kernel * width.kernel > MOST_TAPS, f"the shift kernel has up to {MOST_TAPS} taps a plane"),
@@ -406,10 +407,13 @@ def choose(
     layouts = {"width": "width", "vectors": "channels"}
     best: tuple[float, Shift] | None = None
     columns = cdiv(output[2], axes[2].stride)
+    volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
     for each in (how,) if how == "bulk" else dict.fromkeys((how, "threads")):
         for candidate in candidates(axes, dtype, columns, c_in, c_out, each, src_vector):
-            tile = make(axes, dtype, c_in, *candidate, layouts[source], layouts[destination], src_vector, dst_vector)
+            tile = make(
+                axes, dtype, c_in, *candidate, layouts[source], layouts[destination], src_vector, dst_vector, volume
+            )
             if tile is None:
                 continue
             walked = walk(tile, axes, batch, c_in, c_out, size, output, processors)
