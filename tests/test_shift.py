@@ -307,3 +307,17 @@ def test_on_the_gpu(case, precision):
         assert_no_worse(y, exact, peer, f"{x_format} {w_format}")
         assert all(torch.equal(y, function(*inputs, bias, **case.layer)) for _ in range(3))
         assert_no_worse(function(*inputs, **case.layer), exact - bias.double().view(-1, *(1,) * ndim), peer, "no bias")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_infinities_stay_where_they_belong(case):
+    """An infinity in the input reaches the outputs that its taps reach, and no other."""
+    ndim = len(case.input) - 2
+    function = (tconv.conv_transpose1d, tconv.conv_transpose2d, tconv.conv_transpose3d)[ndim - 1]
+    x = torch.randn(case.input, device="cuda", dtype=torch.float16)
+    w = torch.randn(case.weight, device="cuda", dtype=torch.float16) / case.input[1] ** 0.5
+    x[1, 1][tuple(n // 2 for n in case.input[2:])] = torch.inf
+    exact = ATEN[ndim](x.double(), w.double(), **case.layer)
+    assert torch.equal(function(x, w, **case.layer).isfinite(), exact.isfinite())
