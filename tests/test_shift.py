@@ -8,10 +8,11 @@ import torch
 from oracle import ATEN, assert_no_worse
 
 import tconv
-from tconv import shift
+from tconv import launch, shift
 from tconv.configs import Target
 from tconv.dispatch import Problem, plan
 from tconv.geometry import Geometry
+from tconv.record import Record
 from tconv.workloads import SUITES, layers
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -172,12 +173,33 @@ def test_folded_phases_read_the_same_inputs():
         (1, 16, 8, 4, True),
         (1, 8, 4, 2, True),
         (1, 6, 3, 0, True),
-        (1, 6, 3, 1, False),
+        (1, 6, 3, 2, False),
     ):
         axes = geometry(ndim, kernel, stride, padding).axes3
         candidates = list(shift.candidates(axes, "bf16", 400, 64, 64, "threads", 1))
         tiles = [shift.make(axes, "bf16", 64, *each, "width", "width", 1, 1, False) for each in candidates]
         assert any(tiles) == exact, (kernel, stride, padding)
+
+
+@pytest.mark.parametrize("name", ("k5s5op2", "k6s3p3op2", "1d_k16s8", "1d_k14s7"))
+def test_packed_weights_of_folded_phases(name, device):
+    """The kernel that packs them against the definition, for several tiles of output channels and ragged ones."""
+    g = GEOMETRIES[name]
+    weight = torch.randn(20, 37, *g.kernel, device=device)
+    checked = 0
+    for candidate in shift.candidates(g.axes3, "fp32", 64, 20, 37, "threads", 1):
+        tile = shift.make(g.axes3, "fp32", 20, *candidate, "width", "width", 1, 1, g.ndim == 3)
+        if tile is None or tile.box != 64 or tile.pixels != 64:
+            continue
+        packed = launch.pack_folded(Record(weight), weight, g, tile, False).cpu()
+        taps, _, channels = packed.shape
+        expected = torch.zeros(taps, -(-37 // tile.fold.channels) * tile.fold.channels * tile.fold.phases, channels)
+        for kd, plane in blocks_of(tile, g, weight.cpu()).items():
+            for block, values in plane.items():
+                expected[kd * tile.taps_plane + block, : values.shape[0], :20] = values
+        assert torch.equal(packed, expected)
+        checked += 1
+    assert checked
 
 
 @pytest.mark.parametrize("suite", SUITES)
