@@ -339,7 +339,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     if tile.how != "threads":
         # A dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes.
         shape, strides = [batch, d_in, h_in, w_in, c_in], [x_n or 16, x_d or 16, x_h or 16, x_w or 16, x_c or 16]
-        box = [1, 1, 1, tile.box if tile.by_tma else tile.bring, tile.kb]
+        box = [1, 1, 1, tile.box if tile.how == "bulk" else tile.bring, tile.kb]
         order = [0, 1, 2, 3, 4] if tile.src_layout == "channels" else [0, 4, 1, 2, 3]
         if not tile.volume:
             order.remove(1)

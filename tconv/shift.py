@@ -16,7 +16,12 @@ from .geometry import Axis
 
 SHARED = 232448 - 2048  # bytes of shared memory a block may have on sm_90, less the barriers
 M = 64  # rows of an accumulator: output channels, times the phases along the width that are folded into them
-TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))  # the releases whose Gluon the kernel was compiled with and run on
+TRITON = (
+    (3, 6),
+    (3, 7),
+    (3, 8),
+    (3, 9),
+)  # the releases whose Gluon the kernel compiles with; it has run under the first
 MOST_TAPS = 64  # along height and width: they are unrolled
 MOST_PHASES = 8  # along the height: each has code of its own
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
@@ -114,11 +119,6 @@ class Shift:
     def joined(self) -> int:
         """Phases along the width that are interleaved before the store."""
         return self.fold.joined if self.dst_layout == "width" else self.fold.phases
-
-    @property
-    def by_tma(self) -> bool:
-        """Whether nothing but bulk copies brings the input."""
-        return self.how == "bulk"
 
     @property
     def brings(self) -> int:
@@ -242,9 +242,12 @@ def make(
     stages = min(stages, max(4, wanted[0]))
     low = tuple(lows[:1] if all_phases else lows)
     # So that fewest are spilt; a warp for the weights takes the registers of four.
-    registers = {"bulk": (240, 24), True: (192, 128) if size == 4 else (184, 136), False: (184, 120)}[
-        how if how == "bulk" else resident
-    ]
+    if how == "bulk":
+        registers = 240, 24
+    elif resident:
+        registers = (192, 128) if size == 4 else (184, 136)
+    else:
+        registers = 184, 120
     return Shift(
         taps, taps_plane, taps_all, low, low_w, depth, volume, height.stride, width.stride, f, rows, halo_rows, box, useful,
         pixels, shared, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk,

@@ -218,7 +218,7 @@ def test_tiles_fit(suite):
             blocks = -(-layer.in_channels // tile.kb)
             readings = max(len(tile.depth.taps(a)) for a in range(tile.depth.stride))
             rows = tile.ring + tile.slots * shift.M
-            buffers = 2 * tile.fold.channels * tile.chunk * tile.joined
+            buffers = 2 * tile.fold.channels * tile.chunk * tile.joined + tile.staging * tile.bring * tile.kb
             assert (rows * tile.kb + buffers) * tile.size <= shift.SHARED
             assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.box
             held = tile.all_phases and (tile.stride_h > 1 or not tile.shared)

@@ -313,7 +313,7 @@ def _push_all(w, ring, full, sizes, p: gl.constexpr):
 
 @gluon.jit
 def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
-    """The packed weight [tap, rows of M, input channel], a tap's M x KB block a slot."""
+    """The packed weight [tap or folded offset, rows of M, input channel], an M x KB block a slot."""
     tiles_co, blocks, tiles = sizes[0], sizes[3], sizes[4]
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -328,7 +328,7 @@ def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
 
 @gluon.jit
 def _bring_by_threads(x, ring, full, empty, sizes, p: gl.constexpr):
-    """Any other layout, and fp32: through registers, where it is rounded, transposed on the way to shared memory.  A
+    """What no bulk copy brings, or not as fast: through registers, where it is rounded, transposed on the way to shared memory.  A
     chunk is loaded before the one ahead of it is stored: latency decides here."""
     blocks, tiles = sizes[3], sizes[4]
     i = 0
@@ -722,7 +722,6 @@ def shift(
     fence_async_shared()
     if p.resident:
         _push_all(w, weights, w_full, sizes, p)
-    if p.resident:
         gl.warp_specialize(
             [
                 (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
@@ -756,7 +755,7 @@ def pack_folded(
     """packed[tap of depth and height, offset along the width, output channel and folded phase, input channel].
 
     tconv.shift.Fold says which offsets; row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel c, and
-    zero where that phase does not read that offset.  One program an output channel, tap and BLOCK_C input channels.
+    zero where there is no such phase.  One program an output channel, tap and BLOCK_C input channels.
     """
     CHANNELS: tl.constexpr = 64 // PHASES
     width = tl.cdiv(c_in, BLOCK_K) * BLOCK_K
