@@ -8,7 +8,6 @@ from __future__ import annotations
 from math import gcd, prod
 
 import torch
-from torch._prims_common import suggest_memory_format
 
 from . import aten, record, shift
 from .configs import Config, cdiv, power_of_two
@@ -19,10 +18,29 @@ from .record import Described, Record, on_device
 INT32 = 2**31 - 1
 
 
+def _suggested(t: torch.Tensor) -> torch.memory_format:
+    """Tensor::suggest_memory_format of torch's C++, which Python lacks: channels_last where the strides are like it,
+    whatever the sizes leave open.  torch's own rendering knows symbolic sizes and imports sympy for them, which would
+    be 1 to 3 s of a first call."""
+    sizes, strides = t.shape, t.stride()
+    if not all(type(n) is int for n in (*sizes, *strides)):
+        from torch._prims_common import suggest_memory_format
+
+        return suggest_memory_format(t)
+    if t.ndim not in (4, 5) or strides[1] == 0:
+        return torch.contiguous_format
+    least = 0
+    for i in (1, *range(t.ndim - 1, 1, -1), 0):
+        if sizes[i] == 0 or strides[i] < least or (i == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[i] * sizes[i]
+    return torch.channels_last if t.ndim == 4 else torch.channels_last_3d
+
+
 def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
     """torch's rule for a convolution's result: channels_last when either operand is laid out so."""
     for t in tensors:
-        suggested = suggest_memory_format(t)
+        suggested = _suggested(t)
         if suggested != torch.contiguous_format:
             return suggested
     return torch.contiguous_format
@@ -355,7 +373,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, bias is not None,
         walked.planes, d_in, x_d, d_out, y_d,
         tile,
-        num_warps=4,
+        num_warps=4 * tile.groups,
     )  # fmt: skip
 
 
