@@ -22,8 +22,9 @@ TRITON = (
     (3, 8),
     (3, 9),
 )  # the releases whose Gluon the kernel compiles with; it has run under the first
-MOST_TAPS = 64  # along height and width: they are unrolled
-MOST_PHASES = 8  # along the height: each has code of its own
+MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
+MOST_PHASES = 8  # along the height that have code of their own
+MOST_WIDTH = 64  # taps along the width: they are always unrolled
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
 MOST_FOLDED = 1024  # offsets times phases: kernels.shift.pack_folded takes them at once
 MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
@@ -78,24 +79,27 @@ STAGING = 4  # chunks
 class Shift:
     """A tile of the shift kernel, in the form that it takes."""
 
-    # By phase along the height: (accumulator, weight block, shift in pixels) of each tap.
+    # By phase along the height, or the same for all: (accumulator, weight block counted from the first tap's, shift in
+    # pixels) of each tap.
     taps: tuple[tuple[tuple[int, int, int], ...], ...]
-    taps_plane: int  # blocks of weights of one tap along the depth and one block of channels
+    blocks_w: int  # blocks of weights of one tap along depth and height and one block of channels
     taps_all: int
     # First input row that output row 0 reads: of each phase along the height, or of all where one tile does them all.
     low: tuple[int, ...]
     low_w: int
     depth: Axis  # its taps are summed one after the other: a reading of the input each
     volume: bool  # whether there is a depth: an image of more than one plane, or an axis that does something
-    stride_h: int
+    height: Axis
+    by_row: bool  # whether its taps are readings as well, rather than shifts
+    alike: bool  # whether its phases differ in their first tap alone: the others follow at the same shifts
     stride_w: int
     fold: Fold
     rows: int  # of a tile, without halo
     halo_rows: int
     box: int  # pixels of a row in shared memory, halo included
     useful: int  # those of which outputs exist
-    pixels: int  # of one consumer
-    shared: bool  # both consumers multiply the same tile's pixels; otherwise every other tile is theirs
+    pixels: int  # of a tile
+    shared: bool  # two groups of four warps multiply half of a tile's pixels each; otherwise every other tile is theirs
     size: int  # bytes of an element
     dtype: str  # "fp16", "bf16" or "fp32"
     kb: int  # channels of a stage
@@ -114,6 +118,21 @@ class Shift:
     staging: int  # chunks of `bring` pixels that bulk copies bring ahead of the threads
     registers: tuple[int, int]  # a thread, of the second consumer and of who brings the input
     producers: int  # warps
+
+    @property
+    def groups(self) -> int:
+        """Of four warps, that multiply the same tile."""
+        return 2 if self.shared else 1
+
+    @property
+    def consumers(self) -> int:
+        return 1 if self.shared else 2
+
+    @property
+    def readings(self) -> float:
+        """How often a tile reads a block of channels, on average."""
+        axes = (self.depth, self.height) if self.by_row else (self.depth,)
+        return prod(a.kernel / a.stride for a in axes)
 
     @property
     def joined(self) -> int:
@@ -149,6 +168,7 @@ def make(
     kb: int,
     shared: bool,
     all_phases: bool,
+    by_row: bool,
     folded: tuple[int, int],
     how: str,
     src_layout: str,
@@ -157,12 +177,13 @@ def make(
     dst_vector: int,
     volume: bool,
 ) -> Shift | None:
-    """The tile with `box` pixels a row, or None where it does not fit."""
+    """The tile with `box` pixels a row and `pixels` of each group of four warps, or None where it does not fit."""
     depth, height, width = axes
     size = 4 if dtype == "fp32" else 2
     by_h = [height.taps(a) for a in range(height.stride)]
     by_w = [width.taps(b) for b in range(width.stride)]
-    rows = pixels * (2 if shared else 1) // box
+    groups = 2 if shared else 1
+    rows = pixels * groups // box
     f = fold(width, *folded)
     # (accumulator, block of weights, input offset) of each tap along the width, and how many blocks there are.
     if f.phases == 1:
@@ -182,7 +203,8 @@ def make(
     low_w, high_w = min(columns, default=0), max(columns, default=0)
     staged = how == "staged"
     bring = {"bulk": 1, "staged": min(64, box & -box), "threads": 128 if size == 4 else 64}[how]  # more would spill
-    if staged and (bring < 16 or not all(depth.taps(a) for a in range(depth.stride))):
+    looped = (depth, height) if by_row else (depth,)
+    if staged and (bring < 16 or not all(axis.taps(a) for axis in looped for a in range(axis.stride))):
         return None
     staging = STAGING if staged else 0
     align = 1 if src_layout == "channels" else 16 // size if staged else src_vector  # a bulk copy starts at 16 bytes
@@ -199,27 +221,30 @@ def make(
     if dst_layout == "channels" and f.channels * size < 32:
         return None  # the least that a buffer's swizzle takes
     block = M * kb * size
-    taps_plane = height.kernel * blocks_w
-    taps_all = depth.kernel * taps_plane
-    read_in = cdiv(c_in, kb) * max(len(depth.taps(a)) for a in range(depth.stride))  # blocks of one tile
+    taps_all = depth.kernel * height.kernel * blocks_w
+    # Blocks of one tile.
+    read_in = cdiv(c_in, kb) * prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in looped)
     buffered = f.accumulators if dst_layout == "width" else 1
     most = min(pixels, 16384 // (M * buffered * size))
     lows = [min((d for _, d in taps), default=0) for taps in by_h]
     if all_phases:
         lows = [min(lows)] * height.stride
-    span = max((d - lo for taps, lo in zip(by_h, lows) for _, d in taps), default=0)
+    unrolled = [[(kh, d - low) for kh, d in taps] for taps, low in zip(by_h, lows)]
+    shifts = {tuple(d for _, d in each) for each in unrolled}
+    alike = height.stride > 1 and len(shifts) == 1 and all(by_h)
+    if by_row:
+        unrolled = [[(0, 0)]]
+    elif alike:
+        unrolled = [[(kh - unrolled[0][0][0], d) for kh, d in unrolled[0]]]
+    span = max((d for taps in unrolled for _, d in taps), default=0)
     taps = tuple(
-        tuple(
-            (g, kh * blocks_w + e, (dh - lows[a]) * box + dw - low_w)
-            for kh, dh in by_h[a]
-            for g, e, dw in across
-        )
-        for a in range(height.stride)
-    )  # fmt: skip
+        tuple((g, kh * blocks_w + e, dh * box + dw - low_w) for kh, dh in each for g, e, dw in across)
+        for each in unrolled
+    )
     halo_rows = rows + span
-    unit = max(pixels, bring)
+    unit = max(pixels * groups, bring)
     pitch = cdiv(halo_rows * box, unit) * unit
-    furthest = max((s for row in taps for _, _, s in row), default=0) + pixels * (2 if shared else 1)
+    furthest = max((s for row in taps for _, _, s in row), default=0) + pixels * groups
     slack = cdiv(max(0, furthest - pitch), 8) * 8 * kb * size
     stage = pitch * kb * size
     # All phases release a tile's blocks with the last of them, and with a tile each, blocks of two tiles are under way:
@@ -249,8 +274,8 @@ def make(
     else:
         registers = 184, 120
     return Shift(
-        taps, taps_plane, taps_all, low, low_w, depth, volume, height.stride, width.stride, f, rows, halo_rows, box, useful,
-        pixels, shared, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk,
+        taps, blocks_w, taps_all, low, low_w, depth, volume, height, by_row, alike, width.stride, f, rows, halo_rows, box, useful,
+        pixels * groups, shared, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * groups,
         src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,
         1 if how == "bulk" else 4,
     )  # fmt: skip
@@ -303,16 +328,15 @@ MEMORY = 12.5  # bytes of the GPU's memory
 
 def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     """About how many cycles the busiest SM takes; `moved`: bytes of input and output."""
-    phases = tile.stride_h if tile.all_phases else 1
-    readings = tile.depth.kernel / tile.depth.stride
-    taps = tile.taps_plane * phases / tile.stride_h * readings
-    pixels = tile.pixels * (2 if tile.shared else 1)
+    phases = tile.height.stride if tile.all_phases else 1
+    readings = tile.readings
+    taps = tile.blocks_w * readings * (1 if tile.by_row else tile.height.kernel * phases / tile.height.stride)
     blocks = walked.blocks * readings
     channels = walked.blocks * tile.kb
-    rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels == 64 else 1.0)
-    multiply = pixels * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
+    rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels // tile.groups == 64 else 1.0)
+    multiply = tile.pixels * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
     run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
-    store = pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
+    store = tile.pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
     gathered = tile.src_layout == "width" and tile.how == "threads"
     run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
     bring = readings * tile.halo_rows * tile.box * channels * tile.size / BRING[tile.how] / run**SHORT
@@ -333,7 +357,7 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
 
 
 def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: str, vector: int) -> Iterator[tuple]:
-    """(box, pixels, kb, shared, all_phases, (folded phases, accumulators), how) worth trying."""
+    """(box, pixels, kb, shared, all_phases, by_row, (folded phases, accumulators), how) worth trying."""
     _, height, width = axes
     offsets = [d for b in range(width.stride) for _, d in width.taps(b)]
     halo = max(offsets) - min(offsets)
@@ -344,12 +368,14 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
     if how == "staged" and (exact := cdiv(columns_out + halo + 16 // size, 16) * 16) <= 256:
         boxes.add(exact)
     kb = power_of_two(c_in, 16, 128 // size)  # rows of 128 bytes
+    by_row = height.kernel * width.kernel > MOST_TAPS or height.stride > MOST_PHASES
     # The accumulators have at most 256 columns together, and 128 each where the producers' threads leave a consumer
     # 192 registers.
     bulk = how == "bulk"
     for folded, pixels in product(folds(width, c_out), (64, 128, 256)):
         for shared, all_phases in ((True, True), (True, False), (False, True)):
             fits = pixels * folded[1] <= 256 and (bulk or pixels <= 128) and (all_phases or height.stride > 1)
+            fits = fits and not (by_row and all_phases and height.stride > 1)
             # These spill accumulators, by the kilobyte.
             if all_phases and height.stride > 1 and not bulk:
                 fits = fits and pixels * folded[1] <= 128
@@ -359,7 +385,7 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
             if fits and (shared or bulk or dtype == "fp32"):
                 for box in sorted(boxes):
                     if box <= pixels * (2 if shared else 1):
-                        yield box, pixels, kb, shared, all_phases, folded, how
+                        yield box, pixels, kb, shared, all_phases, by_row, folded, how
 
 
 def refuse(geometry, c_in, c_out, large, precision, source, destination, vector, target: Target) -> str:
@@ -374,12 +400,11 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
         (geometry.groups > 1, "the shift kernel has no groups yet"),
         (precision not in ("half", "tf32"), f"the shift kernel has no {precision} yet"),
         (
-            max(depth.stride, depth.padding) > MOST_DIVISOR,
-            f"the shift kernel has strides and paddings up to {MOST_DIVISOR} along the depth",
+            max(depth.stride, depth.padding, height.stride, height.padding) > MOST_DIVISOR,
+            f"the shift kernel has strides and paddings up to {MOST_DIVISOR} along depth and height",
         ),
         (width.stride > MOST_WIDTH_PHASES, f"the shift kernel has strides up to {MOST_WIDTH_PHASES} along the width"),
-        (height.stride > MOST_PHASES, f"the shift kernel has strides up to {MOST_PHASES} along the height"),
-        (height.kernel * width.kernel > MOST_TAPS, f"the shift kernel has up to {MOST_TAPS} taps a plane"),
+        (width.kernel > MOST_WIDTH, f"the shift kernel has up to {MOST_WIDTH} taps along the width"),
         (large, "the shift kernel has 32-bit offsets"),
         (c_in < 16 or c_out < 8, "few channels"),
         (source not in ("width", "vectors") or destination not in ("width", "vectors"), "of the tensors' strides"),

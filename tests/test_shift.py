@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from math import prod
 
 import pytest
 import torch
@@ -27,25 +28,24 @@ def geometry(ndim, kernel, stride=1, padding=0, output_padding=0, dilation=1):
 
 
 def blocks_of(tile: shift.Shift, g: Geometry, w):
-    """The packed weight: {tap along the depth: {block: [M, input channels]}} of one tile of output channels."""
+    """The packed weight of one tile of output channels: a block [M, input channels] for each tap of depth and height and
+    each tap, or folded offset, along the width."""
     _, height, width = g.axes3
     w = w.reshape(*w.shape[:2], -1, height.kernel, width.kernel)
     f = tile.fold
     spans = [(a, low + i) for a, (low, n) in enumerate(zip(f.low, f.count, strict=True)) for i in range(n)]
-    found: dict = {}
+    found = []
     for kd, kh in itertools.product(range(w.shape[2]), range(height.kernel)):
-        plane = found.setdefault(kd, {})
         if f.phases == 1:
-            for kw in range(width.kernel):
-                plane[kh * width.kernel + kw] = w[:, :, kd, kh, kw].T
+            found += [w[:, :, kd, kh, kw].T for kw in range(width.kernel)]
             continue
-        for e, (accumulator, offset) in enumerate(spans):
+        for accumulator, offset in spans:
             block = torch.zeros(w.shape[1], f.phases, w.shape[0], dtype=w.dtype)
             for b in range(accumulator * f.phases, min((accumulator + 1) * f.phases, width.stride)):
                 for kw, d in width.taps(b):
                     if d == offset:
                         block[:, b % f.phases] = w[:, :, kd, kh, kw].T
-            plane[kh * len(spans) + e] = block.flatten(0, 1)
+            found.append(block.flatten(0, 1))
     return found
 
 
@@ -63,41 +63,43 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
     packed = blocks_of(tile, g, w)
     y = torch.full((batch, c_out, *output), torch.nan, dtype=x.dtype)
     written = torch.zeros_like(y, dtype=torch.int64)
-    phases = range(tile.stride_h)
+    phases = range(tile.height.stride)
     spatial = walked.tiles // len(tile.low) // tile.depth.stride
     for at, index, phase_d in itertools.product(range(spatial), range(len(tile.low)), range(tile.depth.stride)):
         tile_w, row = at % walked.tiles_w, at // walked.tiles_w * tile.rows
-        first = row + tile.low[index]
         sums: dict = {}
-        for tap_d, delta in tile.depth.taps(phase_d):
+        readings = [(tap, delta, tile.low[index]) for tap, delta in tile.depth.taps(phase_d)]
+        if tile.by_row:
+            rows = tile.height.taps(index)
+            readings = [(tap * g.axes3[1].kernel + kh, delta, d) for tap, delta, _ in readings for kh, d in rows]
+        for tap, delta, low in readings:
             stage = torch.full((tile.ring, c_in), torch.nan, dtype=x.dtype)
             for p in range(tile.halo_rows * tile.box):
-                v, column = first + p // tile.box, tile_w * tile.useful + tile.low_w + p % tile.box
+                v, column = row + low + p // tile.box, tile_w * tile.useful + tile.low_w + p % tile.box
                 m, h = divmod(v, walked.image)
                 n, d = m // walked.planes, m % walked.planes + delta
                 inside = 0 <= n < batch and 0 <= d < size[0] and h < size[1] and 0 <= column < size[2]
                 stage[p] = x[n, :, d, h, column] if inside else 0
             for a in phases if tile.all_phases else (index,):
-                for consumer in range(2 if tile.shared else 1):
-                    zeros = torch.zeros(f.accumulators, c_out * f.phases, tile.pixels, dtype=x.dtype)
-                    acc = sums.setdefault((a, consumer), zeros)
-                    for accumulator, block, offset in tile.taps[a]:
-                        start = consumer * tile.pixels + offset
-                        seen = stage[start : start + tile.pixels]
-                        assert seen.shape[0] == tile.pixels
-                        acc[accumulator] += packed[tap_d][block] @ seen.T
+                acc = sums.setdefault(a, torch.zeros(f.accumulators, c_out * f.phases, tile.pixels, dtype=x.dtype))
+                first = tile.height.taps(a)[0][0] if tile.alike else 0
+                base = (tap if tile.by_row else tap * tile.height.kernel + first) * tile.blocks_w
+                for accumulator, block, offset in tile.taps[min(a, len(tile.taps) - 1)]:
+                    seen = stage[offset : offset + tile.pixels]
+                    assert seen.shape[0] == tile.pixels
+                    acc[accumulator] += packed[base + block] @ seen.T
         for a in phases if tile.all_phases else (index,):
-            for consumer, p in itertools.product(range(2 if tile.shared else 1), range(tile.pixels)):
-                r, column = divmod(consumer * tile.pixels + p, tile.box)
+            for p in range(tile.pixels):
+                r, column = divmod(p, tile.box)
                 m, q = divmod(row + r, walked.image)
                 n, od = m // walked.planes, m % walked.planes * tile.depth.stride + phase_d
-                oh = q * tile.stride_h + a
+                oh = q * tile.height.stride + a
                 if not (r < tile.rows and column < tile.useful and n < batch and od < output[0] and oh < output[1]):
                     continue
                 for b in range(tile.stride_w):
                     ow = (tile_w * tile.useful + column) * tile.stride_w + b
                     if ow < output[2]:
-                        acc = sums.get((a, consumer))
+                        acc = sums.get(a)
                         rows = slice(b % f.phases, None, f.phases)
                         y[n, :, od, oh, ow] = 0 if acc is None else acc[b // f.phases, rows, p]
                         written[n, :, od, oh, ow] += 1
@@ -116,6 +118,9 @@ GEOMETRIES = {
     "k3s2d2": geometry(2, 3, 2, 1, 1, 2),
     "k3s4x2p5": geometry(2, (3, 4), (4, 2), (5, 1), (2, 0)),
     "k8x1s4x1": geometry(2, (8, 1), (4, 1)),
+    "k7x5p3x1": geometry(2, (7, 5), 1, (3, 1)),
+    "k9x4s9x2": geometry(2, (9, 4), (9, 2), (0, 1), (3, 0)),
+    "k7x5s2d3x1": geometry(2, (7, 5), 2, 1, 0, (3, 1)),
     "k5s5op2": geometry(2, (1, 5), (1, 5), 0, (0, 2)),
     "k6s3p3op2": geometry(2, (1, 6), (1, 3), (0, 3), (0, 2)),
     "1d_k4s2": geometry(1, 4, 2, 1),
@@ -123,6 +128,7 @@ GEOMETRIES = {
     "1d_k14s7": geometry(1, 14, 7, 0, 1),
     "3d_k3s2p1op1": geometry(3, 3, 2, 1, 1),
     "3d_k1x3x3": geometry(3, (1, 3, 3), (1, 2, 1), (0, 1, 1)),
+    "3d_k3x7x5s2x2x1": geometry(3, (3, 7, 5), (2, 2, 1), (1, 3, 2), (1, 0, 0)),
     "3d_k3": geometry(3, (3, 1, 3), 1, (1, 0, 2)),
     "3d_k2s3": geometry(3, (2, 1, 2), (3, 1, 2), 0, (2, 0, 0)),
     "3d_k3d2": geometry(3, (3, 1, 1), (2, 1, 1), (1, 0, 0), (1, 0, 0), (3, 1, 1)),
@@ -150,7 +156,7 @@ def test_tiles_make_the_convolution(name, dtype):
             # One tile of each kind: the CPU carries them out pixel by pixel.
             if tile is None:
                 continue
-            kind = source, how, tile.shared, tile.all_phases, tile.fold.phases
+            kind = source, how, tile.shared, tile.all_phases, tile.by_row, tile.fold.phases
             if kind in kinds:
                 continue
             kinds.add(kind)
@@ -194,9 +200,8 @@ def test_packed_weights_of_folded_phases(name, device):
         packed = launch.pack_folded(Record(weight), weight, g, tile, False).cpu()
         taps, _, channels = packed.shape
         expected = torch.zeros(taps, -(-37 // tile.fold.channels) * tile.fold.channels * tile.fold.phases, channels)
-        for kd, plane in blocks_of(tile, g, weight.cpu()).items():
-            for block, values in plane.items():
-                expected[kd * tile.taps_plane + block, : values.shape[0], :20] = values
+        for block, values in enumerate(blocks_of(tile, g, weight.cpu())):
+            expected[block, : values.shape[0], :20] = values
         assert torch.equal(packed, expected)
         checked += 1
     assert checked
@@ -216,15 +221,18 @@ def test_tiles_fit(suite):
                 continue
             chosen += 1
             blocks = -(-layer.in_channels // tile.kb)
-            readings = max(len(tile.depth.taps(a)) for a in range(tile.depth.stride))
+            axes = (tile.depth, tile.height) if tile.by_row else (tile.depth,)
+            readings = prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in axes)
             rows = tile.ring + tile.slots * shift.M
-            buffers = 2 * tile.fold.channels * tile.chunk * tile.joined + tile.staging * tile.bring * tile.kb
+            buffers = (
+                tile.consumers * tile.fold.channels * tile.chunk * tile.joined + tile.staging * tile.bring * tile.kb
+            )
             assert (rows * tile.kb + buffers) * tile.size <= shift.SHARED
             assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.box
-            held = tile.all_phases and (tile.stride_h > 1 or not tile.shared)
+            held = tile.all_phases and (tile.height.stride > 1 or not tile.shared)
             assert tile.stages >= (blocks * readings + 1 if held else 2)
             assert tile.shared or (tile.resident and tile.all_phases)
-            assert tile.pixels * tile.fold.accumulators <= 256 and tile.fold.joined >= tile.stride_w
+            assert tile.pixels // tile.groups * tile.fold.accumulators <= 256 and tile.fold.joined >= tile.stride_w
             assert not tile.resident or tile.slots == tile.taps_all * blocks
     assert chosen > 100
 
@@ -235,7 +243,7 @@ def test_tiles_fit(suite):
         (dict(target=Target("cuda", 80, 108)), "the shift kernel is for sm_90"),
         (dict(target=Target("cuda", 90, 132, (3, 10))), "the shift kernel was not tried with Triton 3.10"),
         (dict(geometry=geometry(2, 5, (1, 20))), "the shift kernel has strides up to 16 along the width"),
-        (dict(geometry=geometry(2, 9)), "the shift kernel has up to 64 taps a plane"),
+        (dict(geometry=geometry(1, 65)), "the shift kernel has up to 64 taps along the width"),
         (dict(large=True), "the shift kernel has 32-bit offsets"),
         (dict(tf32=False), "the shift kernel has no tf32x3 yet"),
         (dict(c_out=7), "few channels"),
@@ -269,6 +277,10 @@ CASES = (
     Case("k2s2", (32, 128, 59, 62), (128, 48, 2, 2), dict(stride=2)),
     Case("k3", (20, 64, 75, 59), (64, 64, 3, 3), dict(padding=1)),
     Case("k3x5_dilated", (24, 32, 80, 52), (32, 64, 3, 5), dict(padding=(0, 3), dilation=(2, 1))),
+    Case("k7", (16, 64, 60, 75), (64, 64, 7, 7), dict(padding=3)),
+    Case("k9x4s3x2", (32, 64, 30, 47), (64, 96, 9, 4), dict(stride=(3, 2), padding=(2, 1), output_padding=(1, 0))),
+    Case("k7x5s2_dilated", (24, 96, 31, 33), (96, 64, 7, 5), dict(stride=2, padding=2, dilation=(3, 1))),
+    Case("k12s12x1", (16, 128, 20, 90), (128, 48, 12, 3), dict(stride=(12, 1))),
     Case("s4x1", (16, 96, 40, 100), (96, 48, 8, 1), dict(stride=(4, 1))),
     Case("1d_k4s2", (8, 128, 6001), (128, 64, 4), dict(stride=2, padding=1)),
     Case("1d_k3", (6, 64, 16383), (64, 96, 3)),
@@ -287,6 +299,7 @@ CASES = (
     Case("3d_k3", (8, 32, 17, 30, 33), (32, 64, 3, 3, 3), dict(padding=(0, 1, 2))),
     Case("3d_k2s2", (2, 128, 32, 32, 31), (128, 64, 2, 2, 2), dict(stride=2)),
     Case("3d_k4s2_16", (16, 16, 16, 33, 32), (16, 64, 4, 4, 4), dict(stride=2, padding=1)),
+    Case("3d_k3x5x7", (8, 32, 12, 21, 40), (32, 64, 3, 5, 7), dict(padding=(1, 2, 0))),
     Case("3d_k3s2_depth", (8, 64, 20, 30, 40), (64, 48, 3, 1, 3), dict(stride=(2, 1, 1), dilation=(3, 1, 1))),
 )
 

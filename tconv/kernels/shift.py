@@ -33,9 +33,9 @@ M = gl.constexpr(64)  # wgmma's
 
 
 @triton.constexpr_function
-def _swizzled(width, size, rank=2):
+def _swizzled(width, size, rank=2, transposed=False):
     """K-major rows of at most 128 bytes, as wgmma and the bulk copies take them."""
-    return gl.NVMMASharedLayout(min(128, width * size), 8 * size, rank)
+    return gl.NVMMASharedLayout(min(128, width * size), 8 * size, rank, transposed)
 
 
 def descriptor_layouts(p):
@@ -54,7 +54,7 @@ def _pixel_rows(pixels, kb):
 
 @triton.constexpr_function
 def _accumulator(p):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.pixels, 32 // p.size])
+    return gl.NVMMADistributedLayout([3, 0], [4, p.groups], [16, p.pixels // p.groups, 32 // p.size])
 
 
 @triton.constexpr_function
@@ -75,9 +75,9 @@ def _store_layout(p):
     if p.dst_layout == "channels":
         vector = 16 // p.size
         across = p.fold.channels // vector
-        return gl.BlockedLayout([1, vector], [32 // across, across], [4, 1], [1, 0])
+        return gl.BlockedLayout([1, vector], [32 // across, across], [4 * p.groups, 1], [1, 0])
     lanes = min(32, p.chunk * p.joined // p.dst_vector)
-    return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [4 * p.groups, 1], [1, 0])
 
 
 @gluon.jit
@@ -96,16 +96,20 @@ def _rows(ring, row, PIXELS: gl.constexpr, p: gl.constexpr):
 
 @gluon.jit
 def _view(ring, stage, SHIFT: gl.constexpr, p: gl.constexpr):
-    """The pixels of one consumer from SHIFT on in a stage: operand B of one tap."""
+    """A tile's pixels from SHIFT on in a stage: operand B of one tap."""
     if SLICE:
         span: gl.constexpr = (p.stages - 1) * p.pitch + p.pixels
         flat = reinterpret(ring, _element(p), [p.ring, 1, p.kb], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         tiles = reinterpret(
-            flat.slice(SHIFT, span, 0), _element(p), [span // p.pixels, p.pixels, p.kb], _swizzled(p.kb, p.size)
+            flat.slice(SHIFT, span, 0),
+            _element(p),
+            [span // p.pixels, p.kb, p.pixels],
+            _swizzled(p.kb, p.size, 2, True),
         )
         return tiles.index(stage * (p.pitch // p.pixels))
     else:
-        return reinterpret(ring.index(stage * p.pitch + SHIFT), _element(p), [p.pixels, p.kb], _swizzled(p.kb, p.size))
+        rows = ring.index(stage * p.pitch + SHIFT)
+        return reinterpret(rows, _element(p), [p.kb, p.pixels], _swizzled(p.kb, p.size, 2, True))
 
 
 @gluon.jit
@@ -171,33 +175,15 @@ def _decode(t, sizes, p: gl.constexpr):
 
 
 @gluon.jit
-def _depth_taps(phase, blocks, p: gl.constexpr):
-    """How many blocks a tile of this phase along the depth reads, its first tap and the plane that tap reads, counted
-    from the output's; geometry.Axis.taps has the arithmetic."""
-    if p.volume:
-        g: gl.constexpr = p.depth.gcd
-        step: gl.constexpr = p.depth.stride // p.depth.gcd
-        t = phase + p.depth.padding
-        first = t // g * p.depth.inverse % step
-        count = gl.where(t % g == 0, (p.depth.kernel - first + step - 1) // step, 0)
-        return count * blocks, first, (t - p.depth.dilation * first) // p.depth.stride
-    else:
-        return blocks, 0, 0
-
-
-@gluon.jit
-def _block(i, blocks, first, plane, p: gl.constexpr):
-    """Block i of a tile: its channels' index, its tap along the depth and the plane it reads, counted from the
-    output's."""
-    if p.volume:
-        j = i // blocks
-        return (
-            i - j * blocks,
-            first + j * (p.depth.stride // p.depth.gcd),
-            plane - j * (p.depth.dilation // p.depth.gcd),
-        )
-    else:
-        return i, 0, 0
+def _axis(phase, axis: gl.constexpr):
+    """Of one phase: how many taps it has, the first of them and the offset of what that tap reads; geometry.Axis.taps
+    has the arithmetic."""
+    g: gl.constexpr = axis.gcd
+    step: gl.constexpr = axis.stride // axis.gcd
+    t = phase + axis.padding
+    first = t // g * axis.inverse % step
+    count = gl.where(t % g == 0, (axis.kernel - first + step - 1) // step, 0)
+    return count, first, (t - axis.dilation * first) // axis.stride
 
 
 @gluon.jit
@@ -207,6 +193,44 @@ def _first_row(phase, p: gl.constexpr):
     for a in gl.static_range(1, len(p.low)):
         low = gl.where(phase == a, p.low[a], low)
     return low
+
+
+@gluon.jit
+def _readings(phase, phase_d, blocks, p: gl.constexpr):
+    """What a tile of these phases reads: how many blocks; of the depth, the first tap and the plane that it reads,
+    counted from the output's; of the height, how many taps are readings of their own, the first tap and its row."""
+    many, tap_d, plane = blocks, 0, 0
+    if p.volume:
+        count_d, tap_d, plane = _axis(phase_d, gl.constexpr(p.depth))
+        many = count_d * blocks
+    if p.by_row:
+        count, tap, row = _axis(phase, gl.constexpr(p.height))
+        return many * count, tap_d, plane, count, tap, row
+    elif p.alike:
+        count, tap, row = _axis(phase, gl.constexpr(p.height))
+        return many, tap_d, plane, 1, tap, _first_row(phase, p)
+    else:
+        return many, tap_d, plane, 1, 0, _first_row(phase, p)
+
+
+@gluon.jit
+def _block(i, blocks, readings, p: gl.constexpr):
+    """Block i of a tile: its channels' index, the first of its blocks of weights, and the plane and row that it reads,
+    counted from the output's."""
+    many, tap_d, plane, count, tap, row = readings
+    kb = i
+    if p.volume or p.by_row:
+        j = i // blocks
+        kb = i - j * blocks
+        if p.by_row:
+            h = j % count
+            tap += h * (p.height.stride // p.height.gcd)
+            row -= h * (p.height.dilation // p.height.gcd)
+            j = j // count
+        if p.volume:
+            tap_d += j * (p.depth.stride // p.depth.gcd)
+            plane -= j * (p.depth.dilation // p.depth.gcd)
+    return kb, (tap_d * p.height.kernel + tap) * p.blocks_w, plane, row
 
 
 @gluon.jit
@@ -243,19 +267,18 @@ def _bring_by_tma(x, ring, full, empty, sizes, p: gl.constexpr):
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
-        row += _first_row(phase, p)
-        many, first, plane = _depth_taps(phase_d, blocks, p)
-        for b in range(0, many):
-            kb, tap, delta = _block(b, blocks, first, plane, p)
+        readings = _readings(phase, phase_d, blocks, p)
+        for b in range(0, readings[0]):
+            kb, base, delta, low = _block(b, blocks, readings, p)
             s = i % p.stages
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
             mbarrier.expect(full.index(s), p.halo_rows * p.box * p.kb * p.size)
             if p.halo_rows <= 12:
                 for j in gl.static_range(gl.constexpr(p.halo_rows)):
-                    _copy_row(x, ring, full.index(s), s, row, j, tile_w, kb, delta, sizes, p)
+                    _copy_row(x, ring, full.index(s), s, row + low, j, tile_w, kb, delta, sizes, p)
             else:  # unrolled, so many rows would spill
                 for j in range(0, p.halo_rows):
-                    _copy_row(x, ring, full.index(s), s, row, j, tile_w, kb, delta, sizes, p)
+                    _copy_row(x, ring, full.index(s), s, row + low, j, tile_w, kb, delta, sizes, p)
             i += 1
 
 
@@ -287,16 +310,19 @@ def _load(x, sizes, kb, delta, tile_w, row, J: gl.constexpr, p: gl.constexpr):
 
 
 @gluon.jit
-def _push(w, ring, full, empty, i, co, tap, kb, tiles_co, A: gl.constexpr, p: gl.constexpr):
-    """The blocks of weights of phase A, of a tap along the depth and a block of channels, into their ring; i counts
-    them and is returned."""
-    row = (tap * p.taps_plane * tiles_co + co // p.fold.channels) * M
-    for k in gl.static_range(len(p.taps[A])):
-        s = i % p.slots
-        mbarrier.wait(empty.index(s), (i // p.slots & 1) ^ 1)
-        mbarrier.expect(full.index(s), M * p.kb * p.size)
-        async_load(w, [row + p.taps[A][k][1] * tiles_co * M, kb * p.kb], full.index(s), ring.index(s))
-        i += 1
+def _push(w, ring, full, empty, sizes, i, co, phase, phase_d, A: gl.constexpr, p: gl.constexpr):
+    """The blocks of weights that _phase takes into their ring; i counts them and is returned."""
+    tiles_co, blocks = sizes[0], sizes[3]
+    readings = _readings(phase, phase_d, blocks, p)
+    for b in range(0, readings[0]):
+        kb, base, delta, low = _block(b, blocks, readings, p)
+        row = (base * tiles_co + co // p.fold.channels) * M
+        for k in gl.static_range(len(p.taps[A])):
+            s = i % p.slots
+            mbarrier.wait(empty.index(s), (i // p.slots & 1) ^ 1)
+            mbarrier.expect(full.index(s), M * p.kb * p.size)
+            async_load(w, [row + p.taps[A][k][1] * tiles_co * M, kb * p.kb], full.index(s), ring.index(s))
+            i += 1
     return i
 
 
@@ -314,16 +340,18 @@ def _push_all(w, ring, full, sizes, p: gl.constexpr):
 @gluon.jit
 def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
     """The packed weight [tap or folded offset, rows of M, input channel], an M x KB block a slot."""
-    tiles_co, blocks, tiles = sizes[0], sizes[3], sizes[4]
     i = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for t in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
-        many, first, plane = _depth_taps(phase_d, blocks, p)
-        for a in gl.static_range(gl.constexpr(p.stride_h)):
-            if len(p.low) == 1 or phase == a:
-                for b in range(0, many):
-                    kb, tap, delta = _block(b, blocks, first, plane, p)
-                    i = _push(w, ring, full, empty, i, co, tap, kb, tiles_co, a, p)
+        if len(p.taps) > 1:
+            for a in gl.static_range(len(p.taps)):
+                if p.all_phases or phase == a:
+                    i = _push(w, ring, full, empty, sizes, i, co, a, phase_d, a, p)
+        elif p.all_phases:
+            for a in range(0, p.height.stride):
+                i = _push(w, ring, full, empty, sizes, i, co, a, phase_d, 0, p)
+        else:
+            i = _push(w, ring, full, empty, sizes, i, co, phase, phase_d, 0, p)
 
 
 @gluon.jit
@@ -334,16 +362,15 @@ def _bring_by_threads(x, ring, full, empty, sizes, p: gl.constexpr):
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
-        many, first, plane = _depth_taps(phase_d, blocks, p)
-        row += _first_row(phase, p)
-        for b in range(0, many):
-            kb, tap, delta = _block(b, blocks, first, plane, p)
+        readings = _readings(phase, phase_d, blocks, p)
+        for b in range(0, readings[0]):
+            kb, base, delta, low = _block(b, blocks, readings, p)
             s = i % p.stages
-            value = _load(x, sizes, kb, delta, tile_w, row, 0, p)
+            value = _load(x, sizes, kb, delta, tile_w, row + low, 0, p)
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
             for n in gl.static_range(gl.constexpr(p.brings)):
                 if n + 1 < p.brings:
-                    ahead = _load(x, sizes, kb, delta, tile_w, row, n + 1, p)
+                    ahead = _load(x, sizes, kb, delta, tile_w, row + low, n + 1, p)
                 _rows(ring, s * p.pitch + n * p.bring, p.bring, p).store(_round(value, p))
                 if n + 1 < p.brings:
                     value = ahead
@@ -354,10 +381,10 @@ def _bring_by_threads(x, ring, full, empty, sizes, p: gl.constexpr):
 
 @gluon.jit
 def _tile_at(t, sizes, p: gl.constexpr):
-    """Of tile t: how many blocks it reads, its first row, column and plane."""
+    """Of tile t: its first row and column and, of what it reads, what decides about pixels."""
     co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
-    many, first, plane = _depth_taps(phase_d, sizes[3], p)
-    return many, row + _first_row(phase, p), tile_w * p.useful + p.low_w, plane
+    many, tap_d, plane, taps, tap, low = _readings(phase, phase_d, sizes[3], p)
+    return row, tile_w * p.useful + p.low_w, many, plane, taps, low
 
 
 @gluon.jit
@@ -365,14 +392,14 @@ def _issue(x, staging, ready, sizes, at, count, p: gl.constexpr):
     """Bulk copy number `count` into the staging buffer, of the chunk that `at` = (tile, block, chunk, *_tile_at(tile))
     names; returns the next one's."""
     ACROSS: gl.constexpr = p.box // p.bring
-    t, b, n, many, row, column, plane = at
+    t, b, n, row, column, many, plane, taps, low = at
     there = t < sizes[4]
     slot = count % p.staging
-    kb, tap, delta = _block(b, sizes[3], 0, plane, p)
+    kb, base, delta, below = _block(b, sizes[3], (many, 0, plane, taps, 0, low), p)
     mbarrier.expect(ready.index(slot), p.bring * p.kb * p.size, pred=there)
     _copy(
-        x, staging.index(slot), ready.index(slot), row + n // ACROSS, column + n % ACROSS * p.bring, kb, delta, sizes,
-        p.bring, p, there,
+        x, staging.index(slot), ready.index(slot), row + below + n // ACROSS, column + n % ACROSS * p.bring, kb, delta,
+        sizes, p.bring, p, there,
     )  # fmt: skip
     n += 1
     if n == p.brings:
@@ -381,8 +408,8 @@ def _issue(x, staging, ready, sizes, at, count, p: gl.constexpr):
         if b == many:
             b = 0
             t += gl.num_programs(0)
-            many, row, column, plane = _tile_at(t, sizes, p)
-    return t, b, n, many, row, column, plane
+            row, column, many, plane, taps, low = _tile_at(t, sizes, p)
+    return t, b, n, row, column, many, plane, taps, low
 
 
 @gluon.jit
@@ -391,15 +418,14 @@ def _bring_staged(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
     tiles = sizes[4]
     layout: gl.constexpr = _producer_layout(p)
     t0 = gl.program_id(0)
-    many0, row0, column0, plane0 = _tile_at(t0, sizes, p)
-    at = (t0, t0 * 0, t0 * 0, many0, row0, column0, plane0)
+    row0, column0, many0, plane0, taps0, low0 = _tile_at(t0, sizes, p)
+    at = (t0, t0 * 0, t0 * 0, row0, column0, many0, plane0, taps0, low0)
     for f in gl.static_range(gl.constexpr(p.staging)):
         at = _issue(x, staging, ready, sizes, at, f, p)
     i = 0
     count = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        many, row, column, plane = _tile_at(t, sizes, p)
-        for _ in range(0, many):
+        for _ in range(0, _tile_at(t, sizes, p)[2]):
             s = i % p.stages
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
             for n in range(0, p.brings):
@@ -429,9 +455,19 @@ def _bring(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
 
 
 @gluon.jit
-def _half(v):
-    columns: gl.constexpr = v.type.shape[1]
-    return gl.split(v.reshape([M, 2, columns // 2]).permute((0, 2, 1)))
+def _half(v, p: gl.constexpr):
+    """The first half of each group's columns, and the second."""
+    quarter: gl.constexpr = v.type.shape[1] // (2 * p.groups)
+    a, b = gl.split(v.reshape([M, p.groups, 2, quarter]).permute((0, 1, 3, 2)))
+    return a.reshape([M, p.groups * quarter]), b.reshape([M, p.groups * quarter])
+
+
+@gluon.jit
+def _flat(i, FIRST: gl.constexpr, UNIT: gl.constexpr, p: gl.constexpr):
+    """Where in the tile index i of a chunk is, of UNIT indices a pixel: each group of warps has a part of the chunk, of its
+    pixels from FIRST on."""
+    PART: gl.constexpr = p.chunk // p.groups * UNIT
+    return FIRST * UNIT + i + i // PART * (p.pixels // p.groups * UNIT - PART)
 
 
 @gluon.jit
@@ -465,10 +501,11 @@ def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: g
     layout: gl.constexpr = _store_layout(p)
     buffer.store(v)
     v = buffer.load(layout)
-    flat = (FIRST + _here(co, p) * 16) * p.joined + gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout))
+    i = gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout))
+    flat = _flat(i, FIRST, p.joined, p) + _here(co, p) * 16
     c = co + gl.arange(0, p.fold.channels, layout=gl.SliceLayout(1, layout))
     offset, q, ok = _where(row, flat // (p.box * p.joined), phase_d, sizes, p)
-    h = q * p.stride_h + phase
+    h = q * p.height.stride + phase
     column = flat % (p.box * p.joined)
     ok = ok & (column < p.useful * p.joined) & (h < h_out)
     if p.joined == p.stride_w:
@@ -495,10 +532,11 @@ def _store_channels(
     else:
         buffer.store(v.permute((1, 0)))
     v = buffer.load(layout)
-    flat = FIRST * F + _here(co, p) * 16 + gl.arange(0, p.chunk * F, layout=gl.SliceLayout(1, layout))
+    i = gl.arange(0, p.chunk * F, layout=gl.SliceLayout(1, layout))
+    flat = _flat(i, FIRST, F, p) + _here(co, p) * 16
     c = co + gl.arange(0, p.fold.channels, layout=gl.SliceLayout(0, layout))
     offset, q, ok = _where(row, flat // F // p.box, phase_d, sizes, p)
-    h = q * p.stride_h + phase
+    h = q * p.height.stride + phase
     column = flat // F % p.box
     b = G * F + flat % F
     w = (tile_w * p.useful + column) * p.stride_w + b
@@ -513,10 +551,10 @@ def _store(v0, v1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.
     """Write the accumulators, halved until a chunk fits the buffer."""
     F: gl.constexpr = p.fold.phases
     if v0.type.shape[1] > p.chunk:
-        half: gl.constexpr = v0.type.shape[1] // 2
-        a0, b0 = _half(v0)
+        half: gl.constexpr = v0.type.shape[1] // (2 * p.groups)
+        a0, b0 = _half(v0, p)
         if p.fold.accumulators == 2:
-            a1, b1 = _half(v1)
+            a1, b1 = _half(v1, p)
         else:
             a1 = a0
             b1 = b0
@@ -554,30 +592,29 @@ def _wait(acc0, acc1, OUTSTANDING: gl.constexpr, p: gl.constexpr):
 
 @gluon.jit
 def _phase(
-    y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row, phase_d,
-    A: gl.constexpr, CONSUMER: gl.constexpr, p: gl.constexpr,
+    y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
+    phase, phase_d, A: gl.constexpr, p: gl.constexpr,
 ):  # fmt: skip
-    """One tile's outputs of phase A along the height.  i and j count the blocks taken from the rings of input and
-    weights; returns j."""
+    """One tile's outputs of a phase along the height, of which p.taps[A] are the taps.  i and j count the blocks taken
+    from the rings of input and weights; returns j."""
     blocks, c_out, has_bias = sizes[3], sizes[13], sizes[20]
     layout: gl.constexpr = _accumulator(p)
     PIXELS: gl.constexpr = p.pixels
-    FIRST: gl.constexpr = CONSUMER * p.pixels if p.shared else 0  # this consumer's pixels in the tile
     acc0 = gl.zeros([M, PIXELS], gl.float32, layout)
     acc1 = acc0
-    many, first, plane = _depth_taps(phase_d, blocks, p)
-    for b in range(0, many):
+    readings = _readings(phase, phase_d, blocks, p)
+    for b in range(0, readings[0]):
         z = _opaque_zero(b)
-        kb, tap, delta = _block(b, blocks, first, plane, p)
+        kb, base, delta, low = _block(b, blocks, readings, p)
         s = (i + b) % p.stages
         mbarrier.wait(x_full.index(s), (i + b) // p.stages & 1)
         for k in gl.static_range(len(p.taps[A])):
             if p.resident:
-                slot = (tap * p.taps_plane + p.taps[A][k][1]) * blocks + kb + z
+                slot = (base + p.taps[A][k][1]) * blocks + kb + z
             else:
                 slot = j % p.slots
                 mbarrier.wait(w_full.index(slot), j // p.slots & 1)
-            operand = _view(ring, s, FIRST + p.taps[A][k][2], p).permute((1, 0))
+            operand = _view(ring, s, p.taps[A][k][2], p)
             if p.taps[A][k][0] == 0:
                 acc0 = warpgroup_mma(weights.index(slot), operand, acc0, is_async=True)
             else:
@@ -591,13 +628,15 @@ def _phase(
             acc0, acc1 = _wait(acc0, acc1, 0, p)
             if not p.resident:
                 mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
-        if len(p.low) > 1 or A == p.stride_h - 1:  # nobody else reads this stage
+        if p.all_phases:  # the last of them
+            mbarrier.arrive(x_empty.index(s), count=1, pred=phase == p.height.stride - 1)
+        else:
             mbarrier.arrive(x_empty.index(s), count=1)
     c = co + gl.arange(0, M, layout=gl.SliceLayout(1, layout)) // p.fold.phases
     bias_of_row = gl.load(bias + c, mask=(c < c_out) & (has_bias != 0), other=0.0).to(gl.float32)[:, None]
     acc0 += bias_of_row
     acc1 += bias_of_row
-    _store(acc0, acc1, buffer, y, sizes, A, tile_w, row, phase_d, co, FIRST, p)
+    _store(acc0, acc1, buffer, y, sizes, phase, tile_w, row, phase_d, co, 0, p)
     return j
 
 
@@ -605,7 +644,7 @@ def _phase(
 def _multiply(
     y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, CONSUMER: gl.constexpr, p: gl.constexpr
 ):  # fmt: skip
-    """One of the two groups of warps that multiply: its half of every tile's pixels, or every other tile."""
+    """Who multiplies: every tile, or one of two who take every other tile."""
     blocks, tiles = sizes[3], sizes[4]
     buffer = buffers.index(CONSUMER)
     i = 0
@@ -615,20 +654,25 @@ def _multiply(
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
         if p.shared or t // gl.num_programs(0) % 2 == CONSUMER:
-            for a in gl.static_range(gl.constexpr(p.stride_h)):
-                if len(p.low) == 1:
-                    j = _phase(
-                        y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
-                        phase_d, a, CONSUMER, p,
-                    )  # fmt: skip
-                else:
-                    if phase == a:
+            if len(p.taps) > 1:
+                for a in gl.static_range(len(p.taps)):
+                    if p.all_phases or phase == a:
                         j = _phase(
                             y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w,
-                            row, phase_d, a, CONSUMER, p,
+                            row, a, phase_d, a, p,
                         )  # fmt: skip
-        many, first, plane = _depth_taps(phase_d, blocks, p)
-        i += many
+            elif p.all_phases:
+                for a in range(0, p.height.stride):
+                    j = _phase(
+                        y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
+                        a, phase_d, 0, p,
+                    )  # fmt: skip
+            else:
+                j = _phase(
+                    y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
+                    phase, phase_d, 0, p,
+                )  # fmt: skip
+        i += _readings(phase, phase_d, blocks, p)[0]
 
 
 # The run-time scalars, in the order in which the parts of the kernel find them in `sizes`.
@@ -689,11 +733,11 @@ def shift(
         ring = gl.allocate_shared_memory(_element(p), [p.ring, 1, p.kb], _pixel_rows(p.pixels, p.kb))
     if p.dst_layout == "channels":
         buffers = gl.allocate_shared_memory(
-            _element(p), [2, p.chunk * p.joined, p.fold.channels], _swizzled(p.fold.channels, p.size)
+            _element(p), [p.consumers, p.chunk * p.joined, p.fold.channels], _swizzled(p.fold.channels, p.size)
         )
     else:
         buffers = gl.allocate_shared_memory(
-            _element(p), [2, p.fold.channels, p.chunk * p.joined], _swizzled(p.chunk * p.joined, p.size)
+            _element(p), [p.consumers, p.fold.channels, p.chunk * p.joined], _swizzled(p.chunk * p.joined, p.size)
         )
     # All before the first barrier is initialised: what is allocated later may share the memory of a buffer that is not
     # used any more, and a bulk copy into the place of a barrier goes wrong.
@@ -713,15 +757,16 @@ def shift(
     w_empty = gl.allocate_shared_memory(gl.int64, [WEIGHTS, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(gl.constexpr(p.stages)):
         mbarrier.init(x_full.index(s), count=1)
-        mbarrier.init(x_empty.index(s), count=2 if p.shared else 1)
+        mbarrier.init(x_empty.index(s), count=1)
     for s in gl.static_range(WEIGHTS):
         mbarrier.init(w_full.index(s), count=1)
-        mbarrier.init(w_empty.index(s), count=2)
+        mbarrier.init(w_empty.index(s), count=1)
     for s in gl.static_range(gl.constexpr(p.staging)):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     if p.resident:
         _push_all(w, weights, w_full, sizes, p)
+    if not p.shared:
         gl.warp_specialize(
             [
                 (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
@@ -731,16 +776,24 @@ def shift(
             [4, p.producers],
             [p.registers[0], p.registers[1]],
         )
+    elif p.resident:
+        gl.warp_specialize(
+            [
+                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
+            ],
+            [p.producers],
+            [p.registers[1]],
+        )
     else:
         gl.warp_specialize(
             [
                 (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
                 (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
                 (_bring_weights, (w, weights, w_full, w_empty, sizes, p)),
             ],
-            [4, p.producers, 1],
-            [p.registers[0], p.registers[1], 24],
+            [p.producers, 1],
+            [p.registers[1], 24],
         )
 
 
