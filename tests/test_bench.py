@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tconv.bench import __main__ as cli
-from tconv.bench import cases, check, compare, measure, providers, report, run
+from tconv.bench import cases, check, compare, measure, providers, report, run, worker
 from tconv.bench.store import Settings, Store
 from tconv.bench.task import COLUMNS, base_row
-from tconv.bench.terminal import Refused
+from tconv.bench.terminal import Plain, Refused, Rich
 from tconv.workloads import layers
 
 LAYER = "convtranspose2d 4 6 k3 s2 p1 op1 g2 @ 2x4x3x5"
@@ -495,6 +495,171 @@ def test_resume(capsys, no_gpu):
         Store(no_gpu / "r.json", settings, True)
 
 
+PREPARING = """
+import json, os, subprocess, sys, time
+request = json.load(sys.stdin)
+mode = request.get("mode", "measure")
+
+def say(**message):
+    print(json.dumps(message), flush=True)
+
+def log(what, about, more=None):
+    with open("log", "a") as f:
+        f.write(json.dumps([what, about, more]) + "\\n")
+
+def lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().split()[2] != "Z"
+    except OSError:
+        return False
+
+if mode == "compile":
+    os.setpgrp()
+    log("process", os.getpid())
+    say(free=int(os.environ["FREE"]))
+    for task in request["tasks"]:
+        log("begin", task["id"], task["bytes"])
+        if "1d 30 4" in task["id"]:
+            os.abort()
+        if "1d 5 4" in task["id"]:
+            compiler = subprocess.Popen(["sleep", "100"])
+            log("process", compiler.pid)
+            compiler.wait()
+        time.sleep(0.7)
+        log("prepared", task["id"])
+        say(end=task["id"])
+elif mode == "first":
+    log("first", os.environ["TRITON_CACHE_DIR"])
+else:
+    processes = [about for what, about, _ in map(json.loads, open("log")) if what == "process"]
+    for task in request["tasks"]:
+        say(begin=task["id"])
+        log("measured", task["id"], [p for p in processes if lives(p)])
+        say(end=task["id"])
+"""
+
+
+class Steps(Plain):
+    """The steps that a run shows, each with its total and what was done at its begin and its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def start(self, total, done):
+        self.steps.append([total, done, done])
+
+    def at(self, what, done=None):
+        self.steps[-1][2] = done
+
+
+@pytest.fixture
+def prepare(no_gpu, monkeypatch):
+    """Runs with a stand-in for the workers; what they noted, as (what, about, more), and the steps shown."""
+    monkeypatch.setattr(run.Worker, "module", "stub")
+    monkeypatch.setattr(run, "WORTH", 1)
+    (no_gpu / "stub.py").write_text(PREPARING)
+
+    def go(channels, free=10**12, done=(), **settings):
+        (no_gpu / "log").write_text("")
+        monkeypatch.setenv("FREE", str(free))
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(no_gpu / "cache"))
+        layers = [f"convtranspose1d {c} 4 k2 @ 1x{c}x3" for c in channels]
+        common = dict(passes=["forward"], precisions=["tf32"], formats=["contiguous"], providers=["tconv"], gpu=True)
+        settings = Settings(**(common | dict(layers=layers, timeout=3) | settings))
+        store, progress = Store(no_gpu / "r.json", settings, False), Steps()
+        for c in done:
+            store.take({"end": f"layer|convtranspose1d {c} 4 k2 @ 1x{c}x3|tf32|contiguous"})
+        run.run(settings, store, progress)
+        store.stop()
+        (no_gpu / "r.json.partial").unlink()
+        return [json.loads(line) for line in (no_gpu / "log").read_text().splitlines()], progress.steps
+
+    return go
+
+
+def channels_of(log, what):
+    return [int(about.split()[1]) for w, about, _ in log if w == what]
+
+
+def test_preparation_loses_a_crash_and_a_hang_alone_and_is_over_before_the_first_timing(prepare):
+    log, steps = prepare([1, 2, 4, 5, 6, 7, 30], done=[2], compilers=3, first_calls=1)
+    assert sorted(channels_of(log, "begin")) == [1, 4, 5, 6, 7, 30]  # each once, and nothing that was done before
+    assert sorted(channels_of(log, "prepared")) == [1, 4, 6, 7]
+    assert channels_of(log, "measured") == [1, 4, 5, 6, 7, 30]
+    assert all(alive == [] for what, _, alive in log if what == "measured")
+    assert steps == [[6, 0, 6], [7, 1, 7]]
+    (cold,) = [cache for what, cache, _ in log if what == "first"]
+    assert cold != os.environ["TRITON_CACHE_DIR"] and not Path(cold).exists()  # a folder that was made for it alone
+
+
+@pytest.mark.parametrize("free, most", ((10**12, 3), (14000, 2), (1, 1)), ids=("all fit", "two fit", "none fits"))
+def test_what_is_prepared_at_once_fits_in_memory(free, most, prepare, monkeypatch):
+    monkeypatch.setattr(run, "CONTEXT", 1000)  # a case takes 4000 to 5000
+    log, _ = prepare([10, 11, 12, 13], free, compilers=3, first_calls=0)
+    under_way, peak = {}, 0
+    for what, about, size in log:
+        if what == "begin":
+            under_way[about] = run.CONTEXT + size
+            peak = max(peak, len(under_way))
+            assert sum(under_way.values()) <= free or len(under_way) == 1
+        elif what == "prepared":
+            del under_way[about]
+    assert peak == most and sorted(channels_of(log, "prepared")) == [10, 11, 12, 13]
+
+
+def test_a_share_outlives_its_processs_crash(prepare):
+    """Of 16 tasks in 2 processes a share holds two; the other of a crash's share is prepared by another process."""
+    channels = [2, 4, *range(6, 19), 30]
+    log, steps = prepare(channels, compilers=2, first_calls=0, timeout=30)
+    assert sorted(channels_of(log, "prepared")) == [c for c in channels if c != 30] and steps[0] == [16, 0, 16]
+
+
+def test_out_of_memory_is_ignored_in_preparation(monkeypatch):
+    def task(request, asked, truth):
+        if asked["id"] == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return asked["id"]
+
+    said, called = [], []
+    monkeypatch.setattr(worker.measure, "free_bytes", lambda: 5)
+    monkeypatch.setattr(worker, "Truth", lambda *_: None)
+    monkeypatch.setattr(worker, "Task", task)
+    monkeypatch.setattr(worker, "_first_of", lambda *what: called.append(what))
+    asked = [{"id": i, "suite": "core", "name": "L2/91", "passes": ["training"]} for i in ("large", "small")]
+    worker.compile_kernels({"tasks": asked}, lambda **message: said.append(message))
+    assert said == [{"free": 5}, {"end": "large"}, {"end": "small"}] and called == [("tconv", "small", "training")]
+
+
+@pytest.mark.parametrize(
+    "settings", (dict(compilers=4, gpu=False), dict(compilers=1), dict(compilers=4, providers=["cudnn"]))
+)
+def test_nothing_is_prepared(settings, prepare):
+    log, steps = prepare([1, 2], **({"first_calls": 0} | settings))
+    assert [what for what, *_ in log] == ["measured"] * 2 and steps == [[2, 0, 2]]
+
+
+def test_distinct_calls():
+    axes = dict(precisions=["tf32", "bf16"], formats=["contiguous", "channels_last"])
+    settings = Settings(suites=["core", "kernelbench"], match="L2/91", passes=["forward", "backward_input"], **axes)
+    assert len(run.tasks(settings)) == 8
+    once = run.distinct(run.tasks(settings))
+    assert [t["passes"] for t in once] == [settings.passes] * 4
+    assert len({(t["precision"], t["memory_format"]) for t in once}) == 4
+    settings.passes = ["forward", "backward_weight", "training"]
+    assert [t["passes"] for t in run.distinct(run.tasks(settings))] == [["training"]] * 4
+
+
+def test_a_bar_for_each_step(no_gpu):
+    pytest.importorskip("rich")
+    with Rich() as progress:
+        progress.start(3, 0)
+        progress.at("preparing", 3)
+        progress.start(5, 1)
+        assert [(task.total, task.completed) for task in progress.bar.tasks] == [(5, 1)]
+
+
 def test_missing_extra(monkeypatch, capsys, no_gpu):
     for name in ("rich", "rich.console", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -522,6 +687,23 @@ def test_every_provider_measures(capsys, tmp_path, monkeypatch):
         "cudnn-nhwc-convert",
     }
     assert all(r["ms"] > 0 and r["ms_spread"] >= 0 and r["roof_ms"] > 0 and r["cold_l2"] for r in rows)
+
+
+@pytest.mark.gpu
+def test_what_is_measured_was_prepared(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    names = [f"convtranspose2d {c} 16 k4 s2 p1 @ 2x{c}x16x16" for c in (16, 32, 48)]
+    axes = dict(passes=list(cases.PASSES), precisions=["tf32", "bf16"], formats=list(cases.FORMATS), gpu=True)
+    fast = dict(budget=0.01, fewest=1, most=2, first_calls=0)
+    settings = Settings(layers=names, providers=["tconv", "tconv-graph"], compilers=3, **axes, **fast)
+    store = Store(tmp_path / "r.json", settings, False)
+    compiled = lambda: {p.parent.name for p in (tmp_path / "cache").rglob("*.cubin")}  # noqa: E731
+    run.prepare(settings, store, run.tasks(settings), Plain())
+    prepared = compiled()
+    settings.compilers = 0
+    run.run(settings, store, Plain())
+    assert prepared and compiled() == prepared
+    assert {r["status"] for r in store.rows} == {"ok"}
 
 
 @pytest.mark.gpu
@@ -559,3 +741,4 @@ def test_settings_are_the_command_lines(monkeypatch):
     quick = cli.settings_of(cli.parser().parse_args(["run", "--quick", "--budget", "1"]))
     assert quick.budget == 1 and quick.most < Settings().most
     assert core.compilers <= max(1, (os.cpu_count() or 1) // 2)
+    assert cli.settings_of(cli.parser().parse_args(["run", "--compilers", "32"])).compilers == 32

@@ -55,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--timeout", type=float, default=300, metavar="S", help="seconds a case or a model may take; default 300"
     )
-    run.add_argument("--compilers", type=int, metavar="N", help="processes that compile beforehand; 0 for none")
+    run.add_argument(
+        "--compilers",
+        type=int,
+        metavar="N",
+        help="processes that compile beforehand; 0 for none; default: half the cores",
+    )
 
     report = commands.add_parser("report", help="tables and charts of results")
     report.add_argument("results", nargs="+", metavar="RESULT.json")
@@ -96,7 +101,7 @@ def settings_of(args):
         settings.budget, settings.fewest, settings.most, settings.first_calls = 0.05, 3, 20, 0
     if args.budget is not None:
         settings.budget = args.budget
-    settings.compilers = min(8, (os.cpu_count() or 1) // 2) if args.compilers is None else args.compilers
+    settings.compilers = (os.cpu_count() or 1) // 2 if args.compilers is None else args.compilers
     return settings
 
 

@@ -11,12 +11,14 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from .task import base_row
 from .terminal import Refused
 
 SAME = ("device", "driver", "torch", "triton", "cudnn", "commit")  # what a resumed run must share with its first part
+WORTH = 8  # tasks, from which on several processes compile beforehand: each takes seconds to start
+CONTEXT = 10**9  # bytes, more than CUDA's context and loaded kernels take on the device in each process
 
 
 def matches(pattern: str, suite: str, case: cases.Case) -> bool:
@@ -83,6 +87,7 @@ class Worker:
             text=True,
             env=environment(request["gpu"], **env),
         )
+        self.compiles = request.get("mode") == "compile"
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(request))
@@ -105,6 +110,8 @@ class Worker:
 
     def stop(self) -> None:
         if self.process.poll() is None:
+            if self.compiles and os.getpgid(self.process.pid) == self.process.pid:  # it leads the compilers it started
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
         self.process.wait()
 
@@ -122,9 +129,9 @@ def run(settings: Settings, store: Store, progress: Any) -> None:
     begin = time.perf_counter()
     listed = tasks(settings)
     pending = [t for t in listed if t["id"] not in store.done]
+    if settings.gpu and settings.compilers > 1 and "tconv" in settings.providers and len(pending) >= WORTH:
+        prepare(settings, store, pending, progress)
     progress.start(len(listed), len(listed) - len(pending))
-    if settings.gpu and settings.compilers > 1 and "tconv" in settings.providers:
-        compile_first(settings, store, pending, progress)
     while pending:
         _batch(settings, store, progress, pending[: settings.batch])
         pending = [t for t in pending if t["id"] not in store.done]
@@ -224,23 +231,82 @@ def lines(rows: list[dict]) -> list[str]:
     return [f"{about} {pass_name}: {', '.join(texts)}" for pass_name, texts in found.items()]
 
 
-def compile_first(settings: Settings, store: Store, pending: list[dict], progress: Any) -> None:
-    """Fill Triton's cache on disk with several processes, since one alone would compile for minutes."""
-    count = min(settings.compilers, len(pending) // 4)
-    if count < 2:
-        return
-    begin = time.perf_counter()
-    progress.line(f"compiling kernels in {count} processes")
-    requests = [{"mode": "compile", "gpu": True, "tasks": pending[i::count]} for i in range(count)]
-    workers = [Worker(request) for request in requests]
+def distinct(pending: list[dict]) -> list[dict]:
+    """The tasks whose calls differ, largest first, with `bytes`, what one holds on the device at most.
+
+    Suites share layers, under names of their own; and a training step launches what the other passes do.
+    """
+    found: dict[tuple, dict] = {}
+    for task in pending:
+        case = cases.find(task["suite"], task["name"])
+        passes = ["training"] if "training" in task["passes"] else task["passes"]
+        calls = case.problem or case.description, task["precision"], task["memory_format"]
+        found.setdefault(calls, task | {"passes": passes, "bytes": case.check_bytes})
+    return sorted(found.values(), key=lambda t: -t["bytes"])
+
+
+@dataclass
+class Share:
+    """A process that prepares, and its tasks: the one at hand first."""
+
+    worker: Worker
+    tasks: list[dict]
+    deadline: float  # of its next message
+
+    @property
+    def bytes(self) -> int:
+        return CONTEXT + (self.tasks[0]["bytes"] if self.tasks else 0)
+
+
+def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any) -> None:
+    """Call tconv once for all that is pending, in several processes, so that Triton's cache on disk holds its kernels.
+
+    A task begins when it fits in the device's memory beside those under way, or alone.  One that crashes or hangs is
+    left to the measuring process.
+    """
+    waiting, running, room, done = distinct(pending), list[Share](), 0, 0
+    begin, total = time.perf_counter(), len(waiting)
+    progress.start(total, 0)
+    progress.line(f"preparing {total} cases in up to {settings.compilers} processes")
     try:
-        for worker in workers:
-            worker.process.wait(timeout=settings.timeout)
-    except subprocess.TimeoutExpired:
-        pass  # what is missing is compiled when it is met
+        while waiting or running:
+            # The first process tells how much memory is free; until then it is alone.
+            free = room - sum(share.bytes for share in running)
+            first = next((i for i, t in enumerate(waiting) if not running or CONTEXT + t["bytes"] <= free), None)
+            if first is not None and len(running) < settings.compilers:
+                last = first + max(
+                    1, len(waiting) // (4 * settings.compilers)
+                )  # small shares at the end: all end together
+                tasks, waiting[first:last] = waiting[first:last], []
+                worker = Worker({"mode": "compile", "gpu": True, "tasks": tasks})
+                running.append(Share(worker, tasks, time.monotonic() + max(settings.timeout, 300.0)))
+                continue
+            for share in list(running):
+                note = f"no result after {settings.timeout:.0f} s"
+                try:
+                    while message := share.worker.next(0):
+                        room = room or message.get("free", 0)
+                        share.deadline = time.monotonic() + settings.timeout
+                        if "end" in message:
+                            ended, *share.tasks = share.tasks
+                            progress.at(f"preparing {describe(ended)}", done := done + 1)
+                    note = ""
+                except queue.Empty:
+                    if time.monotonic() < share.deadline:
+                        continue
+                share.worker.stop()
+                running.remove(share)
+                if not room:
+                    return progress.line(f"nothing is prepared: {note or share.worker.last_words()}")
+                if share.tasks:
+                    lost, *rest = share.tasks
+                    progress.at(f"preparing {describe(lost)}", done := done + 1)
+                    waiting = sorted(waiting + rest, key=lambda t: -t["bytes"])
+                    progress.line(f"{describe(lost)}: not prepared, {note or share.worker.last_words()}")
+            time.sleep(0.05)
     finally:
-        for worker in workers:
-            worker.stop()
+        for share in running:
+            share.worker.stop()
         store.spend({"compiling beforehand": time.perf_counter() - begin})
 
 

@@ -48,6 +48,8 @@ class Rich:
         self.bar.stop()
 
     def start(self, total: int, done: int) -> None:
+        if self.task is not None:  # of the step before
+            self.bar.remove_task(self.task)
         self.task = self.bar.add_task("", total=total, completed=done)
 
     def at(self, what: str, done: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """The process that checks and measures cases, or one model: a request on standard input, JSON lines on standard output.
 
-A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text}.
+A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
+before measuring {"free": bytes} and {"end": id}.
 A case that kills the process costs itself alone: `run` starts another for the rest.  A task is one case at one
 precision in one memory format.
 """
@@ -23,8 +24,9 @@ from .task import SPENT, Task, Truth, failure, run_task, spent
 from .terminal import Refused
 
 
-def compile_kernels(request: dict) -> None:
+def compile_kernels(request: dict, say) -> None:
     """Call tconv once for every pass of every task, so that its kernels lie in Triton's cache on disk."""
+    say(free=measure.free_bytes())
     for asked in request["tasks"]:
         try:
             task = Task(request, asked, Truth(cases.find(asked["suite"], asked["name"]), "fp32", "cuda"))
@@ -34,6 +36,7 @@ def compile_kernels(request: dict) -> None:
             failure(error)
         task = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
+        say(end=asked["id"])
 
 
 def _first_of(name: str, task: Task, pass_name: str) -> float:
@@ -64,7 +67,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     mode = request.get("mode", "measure")
     if mode == "compile":
-        compile_kernels(request)
+        os.setpgrp()  # so that whoever stops this process stops the compiler that it waits for, too
+        compile_kernels(request, say)
     elif mode == "first":
         say(first=first_calls(request))
     elif mode == "model":
