@@ -23,6 +23,7 @@ TRITON = (
     (3, 9),
 )  # the releases whose Gluon the kernel compiles with; it has run under the first
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
+LONG = 9  # taps along height and width, from which on half the code is worth having
 MOST_PHASES = 8  # along the height that have code of their own
 MOST_WIDTH = 64  # taps along the width: they are always unrolled
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
@@ -73,6 +74,9 @@ def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
 
 HOW = {"bulk": "bulk copies", "staged": "bulk copies and threads", "threads": "threads"}
 STAGING = 4  # chunks
+# How eight warps share the multiplications.  In two groups, one stores while the other multiplies; together they are half
+# the code to compile.
+WORK = {"together": "eight warps a tile", "halves": "four warps half a tile", "tiles": "four warps a tile"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class Shift:
     halo_rows: int
     box: int  # pixels of a row in shared memory, halo included
     useful: int  # those of which outputs exist
-    pixels: int  # of a tile
-    shared: bool  # two groups of four warps multiply half of a tile's pixels each; otherwise every other tile is theirs
+    pixels: int  # of a consumer
+    work: str  # of the consumers: WORK
     size: int  # bytes of an element
     dtype: str  # "fp16", "bf16" or "fp32"
     kb: int  # channels of a stage
@@ -121,12 +125,12 @@ class Shift:
 
     @property
     def groups(self) -> int:
-        """Of four warps, that multiply the same tile."""
-        return 2 if self.shared else 1
+        """Of four warps, that make a consumer."""
+        return 2 if self.work == "together" else 1
 
     @property
     def consumers(self) -> int:
-        return 1 if self.shared else 2
+        return 1 if self.work == "together" else 2
 
     @property
     def readings(self) -> float:
@@ -154,7 +158,7 @@ class Shift:
         return (
             f"{self.rows} rows of {self.useful} + {self.box - self.useful} pixels{folded}, {self.kb} channels, "
             f"{self.stages} stages, {self.slots} blocks of weights{' (all)' if self.resident else ''}, "
-            f"{'one tile' if self.shared else 'a tile each'} for two groups of warps, input by {HOW[self.how]}"
+            f"{WORK[self.work]}, input by {HOW[self.how]}"
         )
 
 
@@ -166,7 +170,7 @@ def make(
     box: int,
     pixels: int,
     kb: int,
-    shared: bool,
+    work: str,
     all_phases: bool,
     by_row: bool,
     folded: tuple[int, int],
@@ -182,8 +186,9 @@ def make(
     size = 4 if dtype == "fp32" else 2
     by_h = [height.taps(a) for a in range(height.stride)]
     by_w = [width.taps(b) for b in range(width.stride)]
-    groups = 2 if shared else 1
-    rows = pixels * groups // box
+    # `pixels` are four warps'; a consumer and a tile have as many, or twice.
+    of_consumer, of_tile = pixels * (2 if work == "together" else 1), pixels * (1 if work == "tiles" else 2)
+    rows = of_tile // box
     f = fold(width, *folded)
     # (accumulator, block of weights, input offset) of each tap along the width, and how many blocks there are.
     if f.phases == 1:
@@ -242,18 +247,18 @@ def make(
         for each in unrolled
     )
     halo_rows = rows + span
-    unit = max(pixels * groups, bring)
+    unit = max(of_consumer, bring)
     pitch = cdiv(halo_rows * box, unit) * unit
-    furthest = max((s for row in taps for _, _, s in row), default=0) + pixels * groups
+    furthest = max((s for row in taps for _, _, s in row), default=0) + of_tile
     slack = cdiv(max(0, furthest - pitch), 8) * 8 * kb * size
     stage = pitch * kb * size
     # All phases release a tile's blocks with the last of them, and with a tile each, blocks of two tiles are under way:
     # stages for two tiles, or for one block more, without which the ring would stand still.
-    held = all_phases and (height.stride > 1 or not shared)
+    held = all_phases and (height.stride > 1 or work == "tiles")
     wanted = (2 * read_in, read_in + 1) if held else (2,)
     # All weights stay in shared memory where they fit.
     for least, resident, chunk in product(wanted, (True, False), (most, most // 2)):
-        if (resident and not all_phases) or (not resident and not shared):
+        if (resident and not all_phases) or (not resident and work == "tiles"):
             continue  # a tile a phase streams its weights, a tile each does not
         buffers = (2 * M * chunk * buffered + staging * bring * kb) * size
         slots = taps_all * cdiv(c_in, kb)
@@ -275,7 +280,7 @@ def make(
         registers = 184, 120
     return Shift(
         taps, blocks_w, taps_all, low, low_w, depth, volume, height, by_row, alike, width.stride, f, rows, halo_rows, box, useful,
-        pixels * groups, shared, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * groups,
+        of_consumer, work, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
         src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,
         1 if how == "bulk" else 4,
     )  # fmt: skip
@@ -323,6 +328,7 @@ OUTPUT = {"width": 19, "channels": 30}  # bytes stored
 LINE, SHORT = 128, 0.26  # shorter runs than so many bytes slow accesses down, by this power of what is missing
 OVERLAP = 0.3  # of the second longest of what runs side by side adds to the longest
 TILE = 2000  # cycles of a tile beside everything else
+HALF_THE_CODE = 0.9  # a tile with half the code to compile may take so much longer
 MEMORY = 12.5  # bytes of the GPU's memory
 
 
@@ -334,16 +340,17 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     blocks = walked.blocks * readings
     channels = walked.blocks * tile.kb
     rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels // tile.groups == 64 else 1.0)
-    multiply = tile.pixels * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
+    pixels = tile.pixels * (2 if tile.work == "halves" else 1)
+    multiply = pixels * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
     run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
-    store = tile.pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
+    store = pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
     gathered = tile.src_layout == "width" and tile.how == "threads"
     run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
     bring = readings * tile.halo_rows * tile.box * channels * tile.size / BRING[tile.how] / run**SHORT
     bring += COPY[tile.how] * blocks * (tile.halo_rows if tile.how == "bulk" else tile.brings)
     weights = 0 if tile.resident else taps * walked.blocks * (M * tile.kb * tile.size / WEIGHTS + WEIGHT_COPY)
     # With a tile each, one group of warps multiplies while the other stores.
-    multiply = multiply + store if tile.shared else max(multiply, (multiply + store) / 2)
+    multiply = multiply + store if tile.work != "tiles" else max(multiply, (multiply + store) / 2)
     _, second, longest = sorted((multiply, bring, weights))
     # What is released with the last phase alone leaves no stages to bring the next tile meanwhile; bulk copies make up
     # for it, threads do not.
@@ -357,7 +364,7 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
 
 
 def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: str, vector: int) -> Iterator[tuple]:
-    """(box, pixels, kb, shared, all_phases, by_row, (folded phases, accumulators), how) worth trying."""
+    """(box, pixels, kb, work, all_phases, by_row, (folded phases, accumulators), how) worth trying."""
     _, height, width = axes
     offsets = [d for b in range(width.stride) for _, d in width.taps(b)]
     halo = max(offsets) - min(offsets)
@@ -369,11 +376,14 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
         boxes.add(exact)
     kb = power_of_two(c_in, 16, 128 // size)  # rows of 128 bytes
     by_row = height.kernel * width.kernel > MOST_TAPS or height.stride > MOST_PHASES
+    # Without strides a tile stores once after many taps: nothing is lost where nobody stores while others multiply.
+    long = height.stride == width.stride == 1 and height.kernel * width.kernel >= LONG
+    whole = "together" if long else "halves"
     # The accumulators have at most 256 columns together, and 128 each where the producers' threads leave a consumer
     # 192 registers.
     bulk = how == "bulk"
     for folded, pixels in product(folds(width, c_out), (64, 128, 256)):
-        for shared, all_phases in ((True, True), (True, False), (False, True)):
+        for work, all_phases in ((whole, True), (whole, False), ("tiles", True)):
             fits = pixels * folded[1] <= 256 and (bulk or pixels <= 128) and (all_phases or height.stride > 1)
             fits = fits and not (by_row and all_phases and height.stride > 1)
             # These spill accumulators, by the kilobyte.
@@ -382,10 +392,10 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
             if folded[0] > 1:
                 fits = fits and pixels <= 128
             # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.
-            if fits and (shared or bulk or dtype == "fp32"):
+            if fits and (work == whole or bulk or dtype == "fp32"):
                 for box in sorted(boxes):
-                    if box <= pixels * (2 if shared else 1):
-                        yield box, pixels, kb, shared, all_phases, by_row, folded, how
+                    if box <= pixels * (2 if work == whole else 1):
+                        yield box, pixels, kb, work, all_phases, by_row, folded, how
 
 
 def refuse(geometry, c_in, c_out, large, precision, source, destination, vector, target: Target) -> str:
@@ -448,7 +458,7 @@ def choose(
             rows = batch * walked.planes * walked.image + tile.halo_rows
             if rows >= MOST_ROWS or max(walked.image, walked.planes) >= MOST_DIVISOR:
                 continue
-            cost = cycles(tile, walked, moved)
+            cost = cycles(tile, walked, moved) * (HALF_THE_CODE if tile.work == "together" else 1.0)
             if best is None or cost < best[0]:
                 best = cost, tile
     if best is None:

@@ -64,6 +64,7 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
     y = torch.full((batch, c_out, *output), torch.nan, dtype=x.dtype)
     written = torch.zeros_like(y, dtype=torch.int64)
     phases = range(tile.height.stride)
+    pixels = tile.pixels * (2 if tile.work == "halves" else 1)
     spatial = walked.tiles // len(tile.low) // tile.depth.stride
     for at, index, phase_d in itertools.product(range(spatial), range(len(tile.low)), range(tile.depth.stride)):
         tile_w, row = at % walked.tiles_w, at // walked.tiles_w * tile.rows
@@ -81,15 +82,15 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                 inside = 0 <= n < batch and 0 <= d < size[0] and h < size[1] and 0 <= column < size[2]
                 stage[p] = x[n, :, d, h, column] if inside else 0
             for a in phases if tile.all_phases else (index,):
-                acc = sums.setdefault(a, torch.zeros(f.accumulators, c_out * f.phases, tile.pixels, dtype=x.dtype))
+                acc = sums.setdefault(a, torch.zeros(f.accumulators, c_out * f.phases, pixels, dtype=x.dtype))
                 first = tile.height.taps(a)[0][0] if tile.alike else 0
                 base = (tap if tile.by_row else tap * tile.height.kernel + first) * tile.blocks_w
                 for accumulator, block, offset in tile.taps[min(a, len(tile.taps) - 1)]:
-                    seen = stage[offset : offset + tile.pixels]
-                    assert seen.shape[0] == tile.pixels
+                    seen = stage[offset : offset + pixels]
+                    assert seen.shape[0] == pixels
                     acc[accumulator] += packed[base + block] @ seen.T
         for a in phases if tile.all_phases else (index,):
-            for p in range(tile.pixels):
+            for p in range(pixels):
                 r, column = divmod(p, tile.box)
                 m, q = divmod(row + r, walked.image)
                 n, od = m // walked.planes, m % walked.planes * tile.depth.stride + phase_d
@@ -156,7 +157,7 @@ def test_tiles_make_the_convolution(name, dtype):
             # One tile of each kind: the CPU carries them out pixel by pixel.
             if tile is None:
                 continue
-            kind = source, how, tile.shared, tile.all_phases, tile.by_row, tile.fold.phases
+            kind = source, how, tile.work, tile.all_phases, tile.by_row, tile.fold.phases
             if kind in kinds:
                 continue
             kinds.add(kind)
@@ -229,9 +230,9 @@ def test_tiles_fit(suite):
             )
             assert (rows * tile.kb + buffers) * tile.size <= shift.SHARED
             assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.box
-            held = tile.all_phases and (tile.height.stride > 1 or not tile.shared)
+            held = tile.all_phases and (tile.height.stride > 1 or tile.work == "tiles")
             assert tile.stages >= (blocks * readings + 1 if held else 2)
-            assert tile.shared or (tile.resident and tile.all_phases)
+            assert tile.work != "tiles" or (tile.resident and tile.all_phases)
             assert tile.pixels // tile.groups * tile.fold.accumulators <= 256 and tile.fold.joined >= tile.stride_w
             assert not tile.resident or tile.slots == tile.taps_all * blocks
     assert chosen > 100
@@ -279,7 +280,7 @@ CASES = (
     Case("k3x5_dilated", (24, 32, 80, 52), (32, 64, 3, 5), dict(padding=(0, 3), dilation=(2, 1))),
     Case("k7", (16, 64, 60, 75), (64, 64, 7, 7), dict(padding=3)),
     Case("k9x4s3x2", (32, 64, 30, 47), (64, 96, 9, 4), dict(stride=(3, 2), padding=(2, 1), output_padding=(1, 0))),
-    Case("k7x5s2_dilated", (24, 96, 31, 33), (96, 64, 7, 5), dict(stride=2, padding=2, dilation=(3, 1))),
+    Case("k7x5_dilated", (24, 96, 31, 33), (96, 64, 7, 5), dict(padding=2, dilation=(3, 1))),
     Case("k12s12x1", (16, 128, 20, 90), (128, 48, 12, 3), dict(stride=(12, 1))),
     Case("s4x1", (16, 96, 40, 100), (96, 48, 8, 1), dict(stride=(4, 1))),
     Case("1d_k4s2", (8, 128, 6001), (128, 64, 4), dict(stride=2, padding=1)),

@@ -119,15 +119,21 @@ class Store:
         if self.clocks:
             head["clocks_at_end"] = self.clocks
         head["seconds"] = self.seconds
-        result = {"head": head, "settings": settings.kept(), "rows": self.rows, "first_calls": self.first}
+        rows = [{key: rounded(value) for key, value in row.items()} for row in self.rows]
+        result = {"head": head, "settings": settings.kept(), "rows": rows, "first_calls": self.first}
         self.path.write_text(dump(result))
         with self.path.with_suffix(".csv").open("w", newline="") as f:
             writer = csv.DictWriter(f, COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(row | {"classes": ", ".join(row["classes"] or ())} for row in self.rows)
+            writer.writerows(row | {"classes": ", ".join(row["classes"] or ())} for row in rows)
         self.file.close()
         self.partial.unlink()
         return result
+
+
+def rounded(value):
+    """A figure to six digits, more than any is certain to: a long run has a million of them."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def dump(result: dict) -> str:

@@ -96,7 +96,7 @@ def _rows(ring, row, PIXELS: gl.constexpr, p: gl.constexpr):
 
 @gluon.jit
 def _view(ring, stage, SHIFT: gl.constexpr, p: gl.constexpr):
-    """A tile's pixels from SHIFT on in a stage: operand B of one tap."""
+    """The pixels of one consumer from SHIFT on in a stage: operand B of one tap."""
     if SLICE:
         span: gl.constexpr = (p.stages - 1) * p.pitch + p.pixels
         flat = reinterpret(ring, _element(p), [p.ring, 1, p.kb], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -593,13 +593,14 @@ def _wait(acc0, acc1, OUTSTANDING: gl.constexpr, p: gl.constexpr):
 @gluon.jit
 def _phase(
     y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
-    phase, phase_d, A: gl.constexpr, p: gl.constexpr,
+    phase, phase_d, A: gl.constexpr, CONSUMER: gl.constexpr, p: gl.constexpr,
 ):  # fmt: skip
     """One tile's outputs of a phase along the height, of which p.taps[A] are the taps.  i and j count the blocks taken
     from the rings of input and weights; returns j."""
     blocks, c_out, has_bias = sizes[3], sizes[13], sizes[20]
     layout: gl.constexpr = _accumulator(p)
     PIXELS: gl.constexpr = p.pixels
+    START: gl.constexpr = CONSUMER * p.pixels if p.work == "halves" else 0  # this consumer's pixels in the tile
     acc0 = gl.zeros([M, PIXELS], gl.float32, layout)
     acc1 = acc0
     readings = _readings(phase, phase_d, blocks, p)
@@ -614,7 +615,7 @@ def _phase(
             else:
                 slot = j % p.slots
                 mbarrier.wait(w_full.index(slot), j // p.slots & 1)
-            operand = _view(ring, s, p.taps[A][k][2], p)
+            operand = _view(ring, s, START + p.taps[A][k][2], p)
             if p.taps[A][k][0] == 0:
                 acc0 = warpgroup_mma(weights.index(slot), operand, acc0, is_async=True)
             else:
@@ -636,7 +637,7 @@ def _phase(
     bias_of_row = gl.load(bias + c, mask=(c < c_out) & (has_bias != 0), other=0.0).to(gl.float32)[:, None]
     acc0 += bias_of_row
     acc1 += bias_of_row
-    _store(acc0, acc1, buffer, y, sizes, phase, tile_w, row, phase_d, co, 0, p)
+    _store(acc0, acc1, buffer, y, sizes, phase, tile_w, row, phase_d, co, START, p)
     return j
 
 
@@ -644,7 +645,7 @@ def _phase(
 def _multiply(
     y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, CONSUMER: gl.constexpr, p: gl.constexpr
 ):  # fmt: skip
-    """Who multiplies: every tile, or one of two who take every other tile."""
+    """One of those who multiply: every tile, its half of every tile's pixels, or every other tile."""
     blocks, tiles = sizes[3], sizes[4]
     buffer = buffers.index(CONSUMER)
     i = 0
@@ -653,24 +654,24 @@ def _multiply(
         mbarrier.wait(w_full.index(0), 0)
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
-        if p.shared or t // gl.num_programs(0) % 2 == CONSUMER:
+        if p.work != "tiles" or t // gl.num_programs(0) % 2 == CONSUMER:
             if len(p.taps) > 1:
                 for a in gl.static_range(len(p.taps)):
                     if p.all_phases or phase == a:
                         j = _phase(
                             y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w,
-                            row, a, phase_d, a, p,
+                            row, a, phase_d, a, CONSUMER, p,
                         )  # fmt: skip
             elif p.all_phases:
                 for a in range(0, p.height.stride):
                     j = _phase(
                         y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
-                        a, phase_d, 0, p,
+                        a, phase_d, 0, CONSUMER, p,
                     )  # fmt: skip
             else:
                 j = _phase(
                     y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
-                    phase, phase_d, 0, p,
+                    phase, phase_d, 0, CONSUMER, p,
                 )  # fmt: skip
         i += _readings(phase, phase_d, blocks, p)[0]
 
@@ -685,7 +686,7 @@ SCALARS = (
 def _name(specialization):
     p = specialization.constants["p"]
     layouts = f"{p.src_layout}_{p.dst_layout}"
-    return f"tconv_shift_forward_{layouts}_{p.dtype}_{p.rows}x{p.box}x{p.kb}_{'shared' if p.shared else 'each'}"
+    return f"tconv_shift_forward_{layouts}_{p.dtype}_{p.rows}x{p.box}x{p.kb}_{p.work}"
 
 
 @gluon.jit(repr=_name, do_not_specialize=SCALARS)
@@ -753,20 +754,40 @@ def shift(
     x_full = gl.allocate_shared_memory(gl.int64, [p.stages, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [p.stages, 1], mbarrier.MBarrierLayout())
     WEIGHTS: gl.constexpr = 1 if p.resident else p.slots  # barriers
+    READERS: gl.constexpr = 2 if p.work == "halves" else 1  # of a stage and of a slot
     w_full = gl.allocate_shared_memory(gl.int64, [WEIGHTS, 1], mbarrier.MBarrierLayout())
     w_empty = gl.allocate_shared_memory(gl.int64, [WEIGHTS, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(gl.constexpr(p.stages)):
         mbarrier.init(x_full.index(s), count=1)
-        mbarrier.init(x_empty.index(s), count=1)
+        mbarrier.init(x_empty.index(s), count=READERS)
     for s in gl.static_range(WEIGHTS):
         mbarrier.init(w_full.index(s), count=1)
-        mbarrier.init(w_empty.index(s), count=1)
+        mbarrier.init(w_empty.index(s), count=READERS)
     for s in gl.static_range(gl.constexpr(p.staging)):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
     if p.resident:
         _push_all(w, weights, w_full, sizes, p)
-    if not p.shared:
+    if p.consumers == 1 and p.resident:
+        gl.warp_specialize(
+            [
+                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
+            ],
+            [p.producers],
+            [p.registers[1]],
+        )
+    elif p.consumers == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
+                (_bring_weights, (w, weights, w_full, w_empty, sizes, p)),
+            ],
+            [p.producers, 1],
+            [p.registers[1], 24],
+        )
+    elif p.resident:
         gl.warp_specialize(
             [
                 (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
@@ -776,24 +797,16 @@ def shift(
             [4, p.producers],
             [p.registers[0], p.registers[1]],
         )
-    elif p.resident:
-        gl.warp_specialize(
-            [
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
-                (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
-            ],
-            [p.producers],
-            [p.registers[1]],
-        )
     else:
         gl.warp_specialize(
             [
                 (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
                 (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
                 (_bring_weights, (w, weights, w_full, w_empty, sizes, p)),
             ],
-            [p.producers, 1],
-            [p.registers[1], 24],
+            [4, p.producers, 1],
+            [p.registers[0], p.registers[1], 24],
         )
 
 
