@@ -23,9 +23,10 @@ TRITON = (
     (3, 9),
 )  # the releases whose Gluon the kernel compiles with; it has run under the first
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
+MOST_WIDTH = 32  # taps along the width, which are always unrolled
+MOST_STRIDE = 256  # along the height: the phases are looked through for each tile that is tried
 LONG = 9  # taps along height and width, from which on half the code is worth having
 MOST_PHASES = 8  # along the height that have code of their own
-MOST_WIDTH = 64  # taps along the width: they are always unrolled
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
 MOST_FOLDED = 1024  # offsets times phases: kernels.shift.pack_folded takes them at once
 MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
@@ -83,8 +84,8 @@ WORK = {"together": "eight warps a tile", "halves": "four warps half a tile", "t
 class Shift:
     """A tile of the shift kernel, in the form that it takes."""
 
-    # By phase along the height, or the same for all: (accumulator, weight block counted from the first tap's, shift in
-    # pixels) of each tap.
+    # By phase along the height, or one for all where they are `alike` or read `by_row`: (accumulator, weight block, shift
+    # in pixels) of each tap; where one is for all, blocks count from the phase's first tap.
     taps: tuple[tuple[tuple[int, int, int], ...], ...]
     blocks_w: int  # blocks of weights of one tap along depth and height and one block of channels
     taps_all: int
@@ -95,7 +96,7 @@ class Shift:
     volume: bool  # whether there is a depth: an image of more than one plane, or an axis that does something
     height: Axis
     by_row: bool  # whether its taps are readings as well, rather than shifts
-    alike: bool  # whether its phases differ in their first tap alone: the others follow at the same shifts
+    alike: bool  # whether, unrolled, its phases differ in their first tap alone: the others follow at the same shifts
     stride_w: int
     fold: Fold
     rows: int  # of a tile, without halo
@@ -211,6 +212,9 @@ def make(
     looped = (depth, height) if by_row else (depth,)
     if staged and (bring < 16 or not all(axis.taps(a) for axis in looped for a in range(axis.stride))):
         return None
+    # A consumer would run ahead over tiles of the other's that read nothing, and take a stage's old contents for new.
+    if work == "tiles" and not all(axis.taps(a) for axis in looped for a in range(axis.stride)):
+        return None
     staging = STAGING if staged else 0
     align = 1 if src_layout == "channels" else 16 // size if staged else src_vector  # a bulk copy starts at 16 bytes
     low_w -= low_w % align
@@ -236,7 +240,7 @@ def make(
         lows = [min(lows)] * height.stride
     unrolled = [[(kh, d - low) for kh, d in taps] for taps, low in zip(by_h, lows)]
     shifts = {tuple(d for _, d in each) for each in unrolled}
-    alike = height.stride > 1 and len(shifts) == 1 and all(by_h)
+    alike = not by_row and height.stride > 1 and len(shifts) == 1 and all(by_h)
     if by_row:
         unrolled = [[(0, 0)]]
     elif alike:
@@ -376,7 +380,7 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
         boxes.add(exact)
     kb = power_of_two(c_in, 16, 128 // size)  # rows of 128 bytes
     by_row = height.kernel * width.kernel > MOST_TAPS or height.stride > MOST_PHASES
-    # Without strides a tile stores once after many taps: nothing is lost where nobody stores while others multiply.
+    # Without strides a tile stores once after many taps, and little is lost where nobody stores while others multiply.
     long = height.stride == width.stride == 1 and height.kernel * width.kernel >= LONG
     whole = "together" if long else "halves"
     # The accumulators have at most 256 columns together, and 128 each where the producers' threads leave a consumer
@@ -410,9 +414,10 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
         (geometry.groups > 1, "the shift kernel has no groups yet"),
         (precision not in ("half", "tf32"), f"the shift kernel has no {precision} yet"),
         (
-            max(depth.stride, depth.padding, height.stride, height.padding) > MOST_DIVISOR,
-            f"the shift kernel has strides and paddings up to {MOST_DIVISOR} along depth and height",
+            max(depth.stride, depth.padding, height.padding) > MOST_DIVISOR,
+            f"the shift kernel has strides up to {MOST_DIVISOR} along the depth, paddings along depth and height",
         ),
+        (height.stride > MOST_STRIDE, f"the shift kernel has strides up to {MOST_STRIDE} along the height"),
         (width.stride > MOST_WIDTH_PHASES, f"the shift kernel has strides up to {MOST_WIDTH_PHASES} along the width"),
         (width.kernel > MOST_WIDTH, f"the shift kernel has up to {MOST_WIDTH} taps along the width"),
         (large, "the shift kernel has 32-bit offsets"),
@@ -443,7 +448,7 @@ def choose(
     src_vector = min(vector, 2) if source == "width" and element == 2 else 1
     dst_vector = 4 if output[2] % 4 == 0 else 1
     layouts = {"width": "width", "vectors": "channels"}
-    best: tuple[float, Shift] | None = None
+    best: tuple[float, float, Shift] | None = None
     columns = cdiv(output[2], axes[2].stride)
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
@@ -458,12 +463,13 @@ def choose(
             rows = batch * walked.planes * walked.image + tile.halo_rows
             if rows >= MOST_ROWS or max(walked.image, walked.planes) >= MOST_DIVISOR:
                 continue
-            cost = cycles(tile, walked, moved) * (HALF_THE_CODE if tile.work == "together" else 1.0)
+            took = cycles(tile, walked, moved)
+            cost = took * (HALF_THE_CODE if tile.work == "together" else 1.0)
             if best is None or cost < best[0]:
-                best = cost, tile
+                best = cost, took, tile
     if best is None:
         return None
-    cost, tile = best
+    _, took, tile = best
     products = batch * prod(output) * c_in * c_out * geometry.taps / prod(geometry.stride)
     least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
-    return tile if least >= LEAST_SHARE * cost else None
+    return tile if least >= LEAST_SHARE * took else None
