@@ -16,12 +16,8 @@ from .geometry import Axis
 
 SHARED = 232448 - 2048  # bytes of shared memory a block may have on sm_90, less the barriers
 M = 64  # rows of an accumulator: output channels, times the phases along the width that are folded into them
-TRITON = (
-    (3, 6),
-    (3, 7),
-    (3, 8),
-    (3, 9),
-)  # the releases whose Gluon the kernel compiles with; it has run under the first
+# The releases whose Gluon the kernel compiles with; it has run under the first.
+TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
 MOST_WIDTH = 32  # taps along the width, which are always unrolled
 MOST_STRIDE = 256  # along the height: the phases are looked through for each tile that is tried
@@ -75,8 +71,8 @@ def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
 
 HOW = {"bulk": "bulk copies", "staged": "bulk copies and threads", "threads": "threads"}
 STAGING = 4  # chunks
-# How eight warps share the multiplications.  In two groups, one stores while the other multiplies; together they are half
-# the code to compile.
+# How eight warps share the multiplications.  In two groups, one stores while the other multiplies; together they are
+# half the code to compile.
 WORK = {"together": "eight warps a tile", "halves": "four warps half a tile", "tiles": "four warps a tile"}
 
 
@@ -84,8 +80,8 @@ WORK = {"together": "eight warps a tile", "halves": "four warps half a tile", "t
 class Shift:
     """A tile of the shift kernel, in the form that it takes."""
 
-    # By phase along the height, or one for all where they are `alike` or read `by_row`: (accumulator, weight block, shift
-    # in pixels) of each tap; where one is for all, blocks count from the phase's first tap.
+    # By phase along the height, or one for all where they are `alike` or read `by_row`: (accumulator, weight block,
+    # shift in pixels) of each tap; where one is for all, blocks count from the phase's first tap.
     taps: tuple[tuple[tuple[int, int, int], ...], ...]
     blocks_w: int  # blocks of weights of one tap along depth and height and one block of channels
     taps_all: int
@@ -132,6 +128,11 @@ class Shift:
     @property
     def consumers(self) -> int:
         return 1 if self.work == "together" else 2
+
+    @property
+    def of_tile(self) -> int:
+        """Pixels of a tile."""
+        return self.pixels * (2 if self.work == "halves" else 1)
 
     @property
     def readings(self) -> float:
@@ -200,8 +201,8 @@ def make(
         read = [{d for taps in by_w[g * f.phases : (g + 1) * f.phases] for _, d in taps} for g in range(f.accumulators)]
         across = [(g, e, d) for e, (g, d) in enumerate(spans)]
         blocks_w = len(spans)
-        # Where a phase does not read what its neighbours in the accumulator read, a zero weight would meet that input, and
-        # make an infinity in it a NaN in an output that it does not reach.
+        # Where a phase does not read what its neighbours in the accumulator read, a zero weight would meet that input,
+        # and make an infinity in it a NaN in an output that it does not reach.
         for b, own in enumerate(by_w):
             if {d for _, d in own} != read[b // f.phases] or len(own) != f.count[b // f.phases]:
                 return None
@@ -210,10 +211,11 @@ def make(
     staged = how == "staged"
     bring = {"bulk": 1, "staged": min(64, box & -box), "threads": 128 if size == 4 else 64}[how]  # more would spill
     looped = (depth, height) if by_row else (depth,)
-    if staged and (bring < 16 or not all(axis.taps(a) for axis in looped for a in range(axis.stride))):
+    if staged and bring < 16:
         return None
-    # A consumer would run ahead over tiles of the other's that read nothing, and take a stage's old contents for new.
-    if work == "tiles" and not all(axis.taps(a) for axis in looped for a in range(axis.stride)):
+    # Where tiles of a phase read nothing, copies ahead have none to go on to, and a consumer would run ahead over the
+    # other's tiles and take a stage's old contents for new.
+    if (staged or work == "tiles") and not all(axis.taps(a) for axis in looped for a in range(axis.stride)):
         return None
     staging = STAGING if staged else 0
     align = 1 if src_layout == "channels" else 16 // size if staged else src_vector  # a bulk copy starts at 16 bytes
@@ -283,8 +285,9 @@ def make(
     else:
         registers = 184, 120
     return Shift(
-        taps, blocks_w, taps_all, low, low_w, depth, volume, height, by_row, alike, width.stride, f, rows, halo_rows, box, useful,
-        of_consumer, work, size, dtype, kb, stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
+        taps, blocks_w, taps_all, low, low_w, depth, volume, height, by_row, alike, width.stride, f,
+        rows, halo_rows, box, useful, of_consumer, work, size, dtype, kb,
+        stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
         src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,
         1 if how == "bulk" else 4,
     )  # fmt: skip
@@ -344,10 +347,9 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     blocks = walked.blocks * readings
     channels = walked.blocks * tile.kb
     rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels // tile.groups == 64 else 1.0)
-    pixels = tile.pixels * (2 if tile.work == "halves" else 1)
-    multiply = pixels * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
+    multiply = tile.of_tile * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
     run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
-    store = pixels * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
+    store = tile.of_tile * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
     gathered = tile.src_layout == "width" and tile.how == "threads"
     run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
     bring = readings * tile.halo_rows * tile.box * channels * tile.size / BRING[tile.how] / run**SHORT

@@ -1,6 +1,9 @@
 """forward, backward_input, backward_weight and backward_bias against the fp64 oracle, over listed cases."""
 
 import functools
+import random
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from oracle import ATEN, assert_no_worse, errors, oracle, passes
 
 import tconv
+from tconv import launch
 
 TCONV = {1: tconv.conv_transpose1d, 2: tconv.conv_transpose2d, 3: tconv.conv_transpose3d}
 
@@ -276,3 +280,28 @@ def test_more_than_2_31_elements(case, channels_last, reserve):
         assert errors(gx[n : n + 1], a)[1] < 4e-3
         exact_w += b
     assert errors(gw, exact_w)[1] < 4e-3
+
+
+def test_memory_format_is_what_torch_suggests():
+    """Of dense, padded, overlapping and expanded tensors of all ranks, with sizes of 0 and 1."""
+    from torch._prims_common import suggest_memory_format
+
+    rng, suggested = random.Random(0), set()
+    for _ in range(5000):
+        sizes = [rng.choice((0, 1, 1, 2, 3, 4)) for _ in range(rng.choice((3, 4, 4, 5, 5)))]
+        order = [0, *range(2, len(sizes)), 1] if rng.random() < 0.5 else rng.sample(range(len(sizes)), len(sizes))
+        strides, step = [0] * len(sizes), 1
+        for i in reversed(order):
+            strides[i] = rng.choice((step, step, step, rng.randrange(9)))
+            step = strides[i] * max(1, sizes[i]) + rng.choice((0, 0, 0, 1))
+        t = torch.empty_strided(sizes, strides, device="meta")
+        assert launch.memory_format(t) == suggest_memory_format(t), (sizes, strides)
+        suggested.add(launch.memory_format(t))
+    assert suggested == {torch.contiguous_format, torch.channels_last, torch.channels_last_3d}
+
+
+def test_memory_format_imports_no_sympy():
+    """It would be seconds of a first call."""
+    code = "import sys, torch; from tconv import launch; launch.memory_format(torch.empty(1, 1, 1, 1)); print('sympy' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "False"

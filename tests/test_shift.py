@@ -64,7 +64,6 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
     y = torch.full((batch, c_out, *output), torch.nan, dtype=x.dtype)
     written = torch.zeros_like(y, dtype=torch.int64)
     phases = range(tile.height.stride)
-    pixels = tile.pixels * (2 if tile.work == "halves" else 1)
     spatial = walked.tiles // len(tile.low) // tile.depth.stride
     for at, index, phase_d in itertools.product(range(spatial), range(len(tile.low)), range(tile.depth.stride)):
         tile_w, row = at % walked.tiles_w, at // walked.tiles_w * tile.rows
@@ -82,15 +81,15 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                 inside = 0 <= n < batch and 0 <= d < size[0] and h < size[1] and 0 <= column < size[2]
                 stage[p] = x[n, :, d, h, column] if inside else 0
             for a in phases if tile.all_phases else (index,):
-                acc = sums.setdefault(a, torch.zeros(f.accumulators, c_out * f.phases, pixels, dtype=x.dtype))
+                acc = sums.setdefault(a, torch.zeros(f.accumulators, c_out * f.phases, tile.of_tile, dtype=x.dtype))
                 first = tile.height.taps(a)[0][0] if tile.alike else 0
                 base = (tap if tile.by_row else tap * tile.height.kernel + first) * tile.blocks_w
                 for accumulator, block, offset in tile.taps[min(a, len(tile.taps) - 1)]:
-                    seen = stage[offset : offset + pixels]
-                    assert seen.shape[0] == pixels
+                    seen = stage[offset : offset + tile.of_tile]
+                    assert seen.shape[0] == tile.of_tile
                     acc[accumulator] += packed[base + block] @ seen.T
         for a in phases if tile.all_phases else (index,):
-            for p in range(pixels):
+            for p in range(tile.of_tile):
                 r, column = divmod(p, tile.box)
                 m, q = divmod(row + r, walked.image)
                 n, od = m // walked.planes, m % walked.planes * tile.depth.stride + phase_d

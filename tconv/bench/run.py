@@ -274,9 +274,8 @@ def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any
             free = room - sum(share.bytes for share in running)
             first = next((i for i, t in enumerate(waiting) if not running or CONTEXT + t["bytes"] <= free), None)
             if first is not None and len(running) < settings.compilers:
-                last = first + max(
-                    1, len(waiting) // (4 * settings.compilers)
-                )  # small shares at the end: all end together
+                # Smaller and smaller shares, so that all end together.
+                last = first + max(1, len(waiting) // (4 * settings.compilers))
                 tasks, waiting[first:last] = waiting[first:last], []
                 worker = Worker({"mode": "compile", "gpu": True, "tasks": tasks})
                 running.append(Share(worker, tasks, time.monotonic() + max(settings.timeout, 300.0)))

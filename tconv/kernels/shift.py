@@ -357,8 +357,8 @@ def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
 
 @gluon.jit
 def _bring_by_threads(x, ring, full, empty, sizes, p: gl.constexpr):
-    """What no bulk copy brings, or not as fast: through registers, where it is rounded, transposed on the way to shared memory.  A
-    chunk is loaded before the one ahead of it is stored: latency decides here."""
+    """What no bulk copy brings, or not as fast: through registers, where it is rounded, transposed on the way to shared
+    memory.  A chunk is loaded before the one ahead of it is stored: latency decides here."""
     blocks, tiles = sizes[3], sizes[4]
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -769,6 +769,7 @@ def shift(
     fence_async_shared()
     if p.resident:
         _push_all(w, weights, w_full, sizes, p)
+    # Spelt out four times: Gluon takes no partition from a variable.
     if p.consumers == 1 and p.resident:
         gl.warp_specialize(
             [
