@@ -12,6 +12,8 @@ import torch
 
 from tconv.bench import __main__ as cli
 from tconv.bench import cases, check, compare, measure, providers, report, run, worker
+from tconv.bench import prepare as preparing
+from tconv.bench.prepare import distinct
 from tconv.bench.store import Settings, Store
 from tconv.bench.task import COLUMNS, base_row
 from tconv.bench.terminal import Plain, Refused, Rich
@@ -164,6 +166,8 @@ def test_judge():
     assert "allowed" in check.judge(good + 1e-5, exact, peer, "fp32")[1]
     assert check.judge(good + 1e-5, exact, None, "fp32")[1] == ""  # torch's own is bounded by CEILING alone
     assert "rms error" in check.judge(good * 1.1, exact, None, "fp32")[1]
+    assert "rms error" in check.judge(good + 2e-4, exact, None, "fp32")[1]
+    assert check.judge(good + 2e-4, exact, None, "fp32", terms=1 << 24)[1] == ""  # one by one, 2^24 products' roundings
     assert "NaN" in check.judge(torch.full_like(good, math.nan), exact, peer, "fp32")[1]
     assert "shape" in check.judge(good[1:], exact, peer, "fp32")[1]
     # A peer in full fp32 is no yardstick for TF32: the exact products of rounded operands are right too.
@@ -497,7 +501,7 @@ def test_resume(capsys, no_gpu):
 
 PREPARING = """
 import json, os, subprocess, sys, time
-request = json.load(sys.stdin)
+request = json.loads(sys.stdin.readline())
 mode = request.get("mode", "measure")
 
 def say(**message):
@@ -533,10 +537,19 @@ elif mode == "first":
     log("first", os.environ["TRITON_CACHE_DIR"])
 else:
     processes = [about for what, about, _ in map(json.loads, open("log")) if what == "process"]
-    for task in request["tasks"]:
-        say(begin=task["id"])
-        log("measured", task["id"], [p for p in processes if lives(p)])
-        say(end=task["id"])
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    begun = not request["head"]
+    if begun:
+        time.sleep(0.5)
+        say(head={"device": gpu})
+    for line in sys.stdin:
+        for task in json.loads(line):
+            say(begin=task["id"])
+            log("measured", task["id"], [[p for p in processes if lives(p)], gpu, begun])
+            if "1d 40 4" in task["id"]:
+                os.abort()
+            time.sleep(0.2)
+            say(end=task["id"])
 """
 
 
@@ -588,20 +601,20 @@ def test_preparation_loses_a_crash_and_a_hang_alone_and_is_over_before_the_first
     assert sorted(channels_of(log, "begin")) == [1, 4, 5, 6, 7, 30]  # each once, and nothing that was done before
     assert sorted(channels_of(log, "prepared")) == [1, 4, 6, 7]
     assert channels_of(log, "measured") == [1, 4, 5, 6, 7, 30]
-    assert all(alive == [] for what, _, alive in log if what == "measured")
+    assert all(more[0] == [] for what, _, more in log if what == "measured")
     assert steps == [[6, 0, 6], [7, 1, 7]]
     (cold,) = [cache for what, cache, _ in log if what == "first"]
     assert cold != os.environ["TRITON_CACHE_DIR"] and not Path(cold).exists()  # a folder that was made for it alone
 
 
-@pytest.mark.parametrize("free, most", ((10**12, 3), (14000, 2), (1, 1)), ids=("all fit", "two fit", "none fits"))
+@pytest.mark.parametrize("free, most", ((10**12, 3), (6500, 2), (1, 1)), ids=("all fit", "two fit", "none fits"))
 def test_what_is_prepared_at_once_fits_in_memory(free, most, prepare, monkeypatch):
-    monkeypatch.setattr(run, "CONTEXT", 1000)  # a case takes 4000 to 5000
+    monkeypatch.setattr(preparing, "CONTEXT", 1000)  # a case takes 1512 to 1908
     log, _ = prepare([10, 11, 12, 13], free, compilers=3, first_calls=0)
     under_way, peak = {}, 0
     for what, about, size in log:
         if what == "begin":
-            under_way[about] = run.CONTEXT + size
+            under_way[about] = preparing.CONTEXT + size
             peak = max(peak, len(under_way))
             assert sum(under_way.values()) <= free or len(under_way) == 1
         elif what == "prepared":
@@ -640,15 +653,36 @@ def test_nothing_is_prepared(settings, prepare):
     assert [what for what, *_ in log] == ["measured"] * 2 and steps == [[2, 0, 2]]
 
 
+def test_gpus_share_the_cases(prepare, monkeypatch):
+    """Each case once and whole, at first in the process that measures the roofs alone; a crash costs its task alone."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,7")
+    channels = [1, 2, 4, 40, 6, 7, 8, 9]
+    log, _ = prepare(channels, compilers=0, first_calls=0, gpus=2, batch=4, precisions=["tf32", "bf16"])
+    where = {}
+    for what, about, more in log:
+        if what == "measured":
+            where.setdefault(about.split()[1], []).append(more[1:])
+    assert sorted(map(int, where)) == sorted(channels) and all(len(found) == 2 for found in where.values())
+    assert all(a == b for c, ((a, _), (b, _)) in where.items() if c != "40")
+    assert {gpu for found in where.values() for gpu, _ in found} == {"5", "3"}
+    assert where["1"] == [["5", True]] * 2 and sum(begun for found in where.values() for _, begun in found) >= 2
+    assert {gpu for found in where.values() for gpu, begun in found if begun} == {"5"}
+
+
+def test_more_gpus_than_there_are(capsys, no_gpu):
+    code, text = out_of(capsys, "--gpus", "1000", "--plain")
+    assert code == 2 and "--gpus 1000: this machine has" in text
+
+
 def test_distinct_calls():
     axes = dict(precisions=["tf32", "bf16"], formats=["contiguous", "channels_last"])
     settings = Settings(suites=["core", "kernelbench"], match="L2/91", passes=["forward", "backward_input"], **axes)
     assert len(run.tasks(settings)) == 8
-    once = run.distinct(run.tasks(settings))
+    once = distinct(run.tasks(settings))
     assert [t["passes"] for t in once] == [settings.passes] * 4
     assert len({(t["precision"], t["memory_format"]) for t in once}) == 4
     settings.passes = ["forward", "backward_weight", "training"]
-    assert [t["passes"] for t in run.distinct(run.tasks(settings))] == [["training"]] * 4
+    assert [t["passes"] for t in distinct(run.tasks(settings))] == [["training"]] * 4
 
 
 def test_a_bar_for_each_step(no_gpu):

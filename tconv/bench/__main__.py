@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--timeout", type=float, default=300, metavar="S", help="seconds a case or a model may take; default 300"
     )
+    run.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that share the cases; default 1")
     run.add_argument(
         "--compilers",
         type=int,
@@ -93,8 +94,11 @@ def settings_of(args):
         providers=list(args.provider or (providers.PROVIDERS if alone else providers.DEFAULT)),
         match=args.match,
         timeout=args.timeout,
+        gpus=args.gpus,
         gpu=_has_gpu(),
     )
+    if not 1 <= args.gpus <= max(1, _gpus()):
+        raise Refused(f"--gpus {args.gpus}: this machine has {_gpus()}")
     for name in settings.providers:
         providers.find(name)
     if args.quick:
@@ -109,6 +113,12 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def command_run(args) -> int:

@@ -5,6 +5,8 @@ The tests and the benchmark judge by the same functions.  Errors are relative to
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 
@@ -109,7 +111,17 @@ def bounds(peer: tuple[float, float], eps: float) -> tuple[float, float]:
     return 1.5 * peer[0] + 4 * eps, 1.25 * peer[1] + 0.5 * eps
 
 
-def judge(actual, exact, peer, precision: str, rounded=None, slack: float = 1.0) -> tuple[tuple[float, float], str]:
+def terms(name: str, layer) -> int:
+    """About how many products each element of one of RESULTS sums, of a bench.cases.Layer."""
+    batch, _, *size = layer.input_shape
+    taps = prod(layer.geometry.kernel)
+    inner = {"forward": layer.in_channels, "backward_input": layer.out_channels}
+    return batch * prod(size) if name not in inner else inner[name] * taps // layer.geometry.groups
+
+
+def judge(
+    actual, exact, peer, precision: str, rounded=None, slack: float = 1.0, terms: int = 1
+) -> tuple[tuple[float, float], str]:
     """A result's (largest, rms) error, and what is wrong with it: "" if nothing is.
 
     Args:
@@ -117,11 +129,12 @@ def judge(actual, exact, peer, precision: str, rounded=None, slack: float = 1.0)
         peer: torch's (largest, rms) error at the same precision, or None: then only CEILING bounds the error.
         rounded: called for the oracle's result on TF32-rounded operands when a TF32 result misses the bounds.
         slack: multiplies the bounds that do not come from `peer`: operations behind the layer can enlarge its errors.
+        terms: how many products an element sums: one by one in fp32, their roundings add up like a random walk.
     """
     if actual.shape != exact.shape:
         return (float("inf"),) * 2, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     error = largest, rms = errors(actual, exact)
-    if not rms <= slack * CEILING[precision]:  # NaN too
+    if not rms <= slack * max(CEILING[precision], 2**-24 * terms**0.5):  # NaN too
         bad = int(actual.isnan().sum())
         return error, f"{bad} of {actual.numel()} elements are NaN" if bad else f"rms error {rms:.1e}"
     if peer is None:

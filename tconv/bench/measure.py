@@ -84,21 +84,27 @@ def interleave(runs: list[Run], budget: float, fewest: int, most: int, flush: to
     """Time the runs in turn, round after round, until `budget` seconds are spent or `most` rounds done.
 
     Each round begins with the next provider, so that none always follows the same one.  `flush` is overwritten before
-    each call (a buffer of twice the L2, for cases that fit in it).
+    each call (a buffer of twice the L2, for cases that fit in it).  A provider that takes more than the whole budget
+    for a call is warmed up by one and timed in two rounds.
     """
-    waits = {}
+    waits, slow = {}, set()
     for run in runs:
         run.host, run.events = [], []
         for _ in range(WARM_UP):
+            begin = time.perf_counter()
             _timed(run, flush, 0)
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
+            if time.perf_counter() - begin > budget:
+                slow.add(run.name)
+                break
         waits[run.name] = min(1.3 * statistics.median(run.host) + 20e-6, 2e-3)
     for run in runs:
         run.host, run.events = [], []
     begin = time.perf_counter()
     for i in range(most):
         for run in runs[i % len(runs) :] + runs[: i % len(runs)]:
-            _timed(run, flush, waits[run.name])
+            if i < 2 or run.name not in slow:
+                _timed(run, flush, waits[run.name])
         torch.cuda.synchronize()
         if i + 1 >= fewest and time.perf_counter() - begin > budget:
             break

@@ -27,6 +27,7 @@ class Settings:
     most: int = 60
     timeout: float = 300.0  # seconds a task
     batch: int = 200  # tasks a worker process
+    gpus: int = 1  # GPUs that share the tasks
     compilers: int = 0  # processes that compile kernels beforehand
     first_calls: int = 3  # cases whose cold first call is timed, in processes of their own
     gpu: bool = False
@@ -118,7 +119,7 @@ class Store:
         head = dict(self.head or {})
         if self.clocks:
             head["clocks_at_end"] = self.clocks
-        head["seconds"] = self.seconds
+        head["gpus"], head["seconds"] = settings.gpus, self.seconds
         rows = [{key: rounded(value) for key, value in row.items()} for row in self.rows]
         result = {"head": head, "settings": settings.kept(), "rows": rows, "first_calls": self.first}
         self.path.write_text(dump(result))
@@ -145,3 +146,7 @@ def dump(result: dict) -> str:
 
 def task_id(row: dict) -> str:
     return "|".join(row[k] for k in ("suite", "case", "precision", "memory_format"))
+
+
+def describe(task: dict) -> str:
+    return f"{task['name']} {task['precision']} {task['memory_format']}"

@@ -42,6 +42,7 @@ class Truth:
         self.case, self.kind, self.device = case, kind, device
         layer = case.layer
         self.exact: dict = {}
+        self.peers: dict = {}  # torch's own errors by precision and result: default flags, contiguous tensors
         if case.problem:
             self.module = problems.build(case).to(device)
             self.inputs = [torch.rand(s, device=device) for s in problems.input_shapes(case)]
@@ -87,7 +88,6 @@ class Task:
         self.case, self.precision = truth.case, task["precision"]
         self.dtype = check.dtype_of(self.precision)
         self.slack = 20.0 if self.case.problem else 1.0
-        self.peers: dict = {}
         check.set_precision(self.precision)
         self.module, self.inputs, self.grad = self._tensors()
 
@@ -113,9 +113,10 @@ class Task:
         return module, (ready(x),), ready(grad)
 
     def peer(self, name: str) -> tuple[float, float]:
-        """torch's own error on this result: default flags, contiguous tensors."""
-        if name in self.peers:
-            return self.peers[name]
+        """torch's own error on this result."""
+        known = self.truth.peers
+        if (key := (self.precision, name)) in known:
+            return known[key]
         # aten has no 16-bit kernels for some passes on the CPU; there its fp32 result is rounded.
         gpu = self.request["gpu"]
         if self.case.problem:
@@ -127,8 +128,8 @@ class Task:
             tensors = tensors if gpu else [None if t is None else t.float() for t in tensors]
             function = lambda: check.aten_pass(name, tensors, self.case.layer.options)  # noqa: E731
         result = measure.call(_default(), function).to(self.dtype)
-        self.peers[name] = check.errors(result, self.truth.result(name))
-        return self.peers[name]
+        known[key] = check.errors(result, self.truth.result(name))
+        return known[key]
 
     def judge(self, provider: Provider, pass_name: str, results) -> tuple[tuple[float, float], str]:
         """The largest errors over a pass's results, and what is wrong with the first wrong one."""
@@ -142,7 +143,9 @@ class Task:
         for name, result in zip(names, results):
             peer = None if provider.yardstick else self.peer(name)
             rounded = lambda name=name: self.truth.result(name, tf32=True)  # noqa: E731
-            error, bad = check.judge(result, self.truth.result(name), peer, self.precision, rounded, self.slack)
+            terms = 1 if self.case.problem else check.terms(name, self.case.layer)
+            exact = self.truth.result(name)
+            error, bad = check.judge(result, exact, peer, self.precision, rounded, self.slack, terms)
             worst = max(worst[0], error[0]), max(worst[1], error[1])
             if bad and not wrong:
                 wrong = f"{name}: {bad}"

@@ -1,6 +1,6 @@
-"""The process that checks and measures cases, or one model: a request on standard input, JSON lines on standard output.
+"""The process that checks and measures cases, or one model: JSON lines on standard input and output.
 
-A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
+The first line is the request; of cases, each line after it is a list of tasks.  A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
 before measuring {"free": bytes} and {"end": id}.
 A case that kills the process costs itself alone: `run` starts another for the rest.  A task is one case at one
 precision in one memory format.
@@ -64,7 +64,7 @@ def main() -> None:
     def say(**message):
         channel.write(json.dumps(message) + "\n")
 
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
     mode = request.get("mode", "measure")
     if mode == "compile":
         os.setpgrp()  # so that whoever stops this process stops the compiler that it waits for, too
@@ -93,10 +93,11 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # each capture of a CUDA graph collects garbage, which need not go over all modules every time
         kept: dict = {}
-        for task in request["tasks"]:
-            say(begin=task["id"])
-            run_task(request, task, say, kept)
-            say(end=task["id"])
+        for line in sys.stdin:
+            for task in json.loads(line):
+                say(begin=task["id"])
+                run_task(request, task, say, kept)
+                say(end=task["id"])
         if request["gpu"]:
             say(clocks=measure.clocks())
         say(seconds=dict(SPENT))
