@@ -36,7 +36,9 @@ def environment():
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else "Triton's interpreter",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
+        "driver": (
+            _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] if gpu else ""
+        ),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,

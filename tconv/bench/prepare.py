@@ -30,16 +30,20 @@ def distinct(pending: list[dict]) -> list[dict]:
 
 
 @dataclass
-class Share:
-    """A process that prepares, and its tasks: the one at hand first."""
+class Helper:
+    """A process that prepares, one task after the other."""
 
     worker: Worker
-    tasks: list[dict]
-    deadline: float  # of its next message
+    task: dict | None = None  # the one at hand
+    deadline: float = 0.0  # of its next message, while a task is at hand
 
     @property
     def bytes(self) -> int:
-        return CONTEXT + (self.tasks[0]["bytes"] if self.tasks else 0)
+        return CONTEXT + (self.task["bytes"] if self.task else 0)
+
+    def give(self, task: dict, seconds: float) -> None:
+        self.task, self.deadline = task, time.monotonic() + seconds
+        self.worker.tell([task])
 
 
 def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any) -> None:
@@ -48,46 +52,58 @@ def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any
     A task begins when it fits in the device's memory beside those under way, or alone.  One that crashes or hangs is
     left to the measuring process.
     """
-    waiting, running, room, done = distinct(pending), list[Share](), 0, 0
+    waiting, helpers, room, done = distinct(pending), list[Helper](), 0, 0
     begin, total = time.perf_counter(), len(waiting)
     progress.start(total, 0)
     progress.line(f"preparing {total} cases in up to {settings.compilers} processes")
     try:
-        while waiting or running:
-            # The first process tells how much memory is free; until then it is alone.
-            free = room - sum(share.bytes for share in running)
-            first = next((i for i, t in enumerate(waiting) if not running or CONTEXT + t["bytes"] <= free), None)
-            if first is not None and len(running) < settings.compilers:
-                # Smaller and smaller shares, so that all end together.
-                last = first + max(1, len(waiting) // (4 * settings.compilers))
-                tasks, waiting[first:last] = waiting[first:last], []
-                worker = Worker({"mode": "compile", "gpu": True, "tasks": tasks})
-                running.append(Share(worker, tasks, time.monotonic() + max(settings.timeout, 300.0)))
-                continue
-            for share in list(running):
+        while waiting or helpers:
+            _give(waiting, helpers, room, settings)
+            for helper in list(helpers):
                 note = f"no result after {settings.timeout:.0f} s"
                 try:
-                    while message := share.worker.next(0):
+                    while message := helper.worker.next(0):
                         room = room or message.get("free", 0)
-                        share.deadline = time.monotonic() + settings.timeout
-                        if "end" in message:
-                            ended, *share.tasks = share.tasks
-                            progress.at(f"preparing {describe(ended)}", done := done + 1)
+                        helper.deadline = time.monotonic() + settings.timeout
+                        if "end" in message and helper.task:
+                            progress.at(f"preparing {describe(helper.task)}", done := done + 1)
+                            helper.task = None
                     note = ""
                 except queue.Empty:
-                    if time.monotonic() < share.deadline:
+                    if not helper.task or time.monotonic() < helper.deadline:
                         continue
-                share.worker.stop()
-                running.remove(share)
+                helper.worker.stop()
+                helpers.remove(helper)
                 if not room:
-                    return progress.line(f"nothing is prepared: {note or share.worker.last_words()}")
-                if share.tasks:
-                    lost, *rest = share.tasks
-                    progress.at(f"preparing {describe(lost)}", done := done + 1)
-                    waiting = sorted(waiting + rest, key=lambda t: -t["bytes"])
-                    progress.line(f"{describe(lost)}: not prepared, {note or share.worker.last_words()}")
-            time.sleep(0.05)
+                    return progress.line(f"nothing is prepared: {note or helper.worker.last_words()}")
+                if helper.task:
+                    progress.at(f"preparing {describe(helper.task)}", done := done + 1)
+                    progress.line(f"{describe(helper.task)}: not prepared, {note or helper.worker.last_words()}")
+            time.sleep(0.01)
     finally:
-        for share in running:
-            share.worker.stop()
+        for helper in helpers:
+            helper.worker.stop()
         store.spend({"compiling beforehand": time.perf_counter() - begin})
+
+
+def _give(waiting: list[dict], helpers: list[Helper], room: int, settings: Settings) -> None:
+    """Hand out what fits in `room`, largest first, to processes that are idle or new; end those that are of no use."""
+    for task in list(waiting):
+        # The first process tells how much memory is free; until then it is alone.
+        if helpers and not room:
+            return
+        free = room - sum(helper.bytes for helper in helpers)
+        idle = next((helper for helper in helpers if not helper.task), None)
+        if not idle and len(helpers) == settings.compilers:
+            return
+        fits = task["bytes"] + (0 if idle else CONTEXT) <= free
+        if fits or not any(helper.task for helper in helpers):
+            if not idle:
+                idle = Helper(Worker({"mode": "compile", "gpu": True}, open=True))
+                helpers.append(idle)
+            idle.give(task, settings.timeout if room else max(settings.timeout, 300.0))
+            waiting.remove(task)
+    if not waiting:
+        for helper in helpers:
+            if not helper.task:
+                helper.worker.close()

@@ -1,6 +1,6 @@
 """The process that checks and measures cases, or one model: JSON lines on standard input and output.
 
-The first line is the request; of cases, each line after it is a list of tasks.  A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
+The first line is the request; to measure cases, or to compile beforehand, each line after it is a list of tasks.  A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
 before measuring {"free": bytes} and {"end": id}.
 A case that kills the process costs itself alone: `run` starts another for the rest.  A task is one case at one
 precision in one memory format.
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -24,10 +25,16 @@ from .task import SPENT, Task, Truth, failure, run_task, spent
 from .terminal import Refused
 
 
+def tasks_told() -> Iterator[dict]:
+    """The tasks of each further line of standard input, until there is none."""
+    for line in sys.stdin:
+        yield from json.loads(line)
+
+
 def compile_kernels(request: dict, say) -> None:
     """Call tconv once for every pass of every task, so that its kernels lie in Triton's cache on disk."""
     say(free=measure.free_bytes())
-    for asked in request["tasks"]:
+    for asked in tasks_told():
         try:
             task = Task(request, asked, Truth(cases.find(asked["suite"], asked["name"]), "fp32", "cuda"))
             for pass_name in asked["passes"]:
@@ -93,11 +100,10 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # each capture of a CUDA graph collects garbage, which need not go over all modules every time
         kept: dict = {}
-        for line in sys.stdin:
-            for task in json.loads(line):
-                say(begin=task["id"])
-                run_task(request, task, say, kept)
-                say(end=task["id"])
+        for task in tasks_told():
+            say(begin=task["id"])
+            run_task(request, task, say, kept)
+            say(end=task["id"])
         if request["gpu"]:
             say(clocks=measure.clocks())
         say(seconds=dict(SPENT))
