@@ -174,7 +174,7 @@ def unsupported(target: Target) -> str | None:
     return None
 
 
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
@@ -184,7 +184,7 @@ def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | No
     if refused:
         return None, refused
     tile = shift.choose(
-        p.geometry, p.batch, p.c_in, p.c_out, p.input_size, NAMES[p.dtype], p.source, p.destination, p.vector,
+        p.geometry, p.batch, p.c_in, p.c_out, p.input_size, HALVES.get(p.dtype, how), p.source, p.destination, p.vector,
         target.processors,
     )  # fmt: skip
     return tile, "none of the shift kernel's tiles fits or fills the GPU"

@@ -16,6 +16,7 @@ from .geometry import Geometry
 from .record import Described, Record, on_device
 
 INT32 = 2**31 - 1
+PARTS = {"tf32": 1, "tf32x3": 2}  # TF32 values that a packed fp32 weight becomes
 
 
 def _suggested(t: torch.Tensor) -> torch.memory_format:
@@ -279,8 +280,9 @@ def backward_bias(grad_output) -> torch.Tensor:
     return noted.keep(key)
 
 
-def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, tf32: bool) -> torch.Tensor:
-    """The weight as [group and tap, destination channel, source channel], zero-padded to whole blocks.
+def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts: int) -> torch.Tensor:
+    """The weight as [group and tap, destination channel, source channel], zero-padded to whole blocks; fp32 as so many
+    TF32 values, one whole packed weight after the other (0: as it is).
 
     roles: the weight's strides along group, source channel and destination channel; taps: along the kernel's axes.
     """
@@ -288,7 +290,7 @@ def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, bloc
 
     count, _, kh, kw = prod(weight.shape[2:]), *sizes3(weight.shape[2:])
     height, width = cdiv(c_dst, block_n) * block_n, cdiv(c_src, block_k) * block_k
-    packed = noted.workspace((groups * count, height, width), weight.dtype, weight)
+    packed = noted.workspace((max(1, parts) * groups * count, height, width), weight.dtype, weight)
     block_t, block_c = 16, min(64, width)
     noted.launch(
         pack_weight,
@@ -302,7 +304,7 @@ def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, bloc
         kw,
         *roles,
         *taps,
-        TF32=tf32,
+        PARTS=parts,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_T=block_t,
@@ -311,13 +313,14 @@ def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, bloc
     return packed
 
 
-def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift, tf32: bool) -> torch.Tensor:
+def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) -> torch.Tensor:
     """The weight as a shift tile with folded phases takes it: [taps and offsets, rows of M, input channel]."""
     from .kernels.shift import pack_folded as kernel
 
     (c_in, c_out), (kd, kh, kw), fold = weight.shape[:2], sizes3(weight.shape[2:]), tile.fold
     width, height, entries = cdiv(c_in, tile.kb) * tile.kb, cdiv(c_out, fold.channels) * shift.M, sum(fold.count)
-    packed = noted.workspace((kd * kh * entries, height, width), weight.dtype, weight)
+    parts = PARTS.get(tile.dtype, 0)
+    packed = noted.workspace((max(1, parts) * kd * kh * entries, height, width), weight.dtype, weight)
     (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
     axis = geometry.axes3[2]
     block_c = min(64, width)
@@ -326,7 +329,7 @@ def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift, tf
         weight, packed, c_in, c_out, kh, kw, *strides5(weight), axis.stride, axis.padding, axis.dilation,
         low0, count0, low1, count1,
         PHASES=fold.phases,
-        TF32=tf32,
+        PARTS=parts,
         BLOCK_K=tile.kb,
         BLOCK_E=power_of_two(entries * fold.phases, 1, shift.MOST_FOLDED),
         BLOCK_C=block_c,
@@ -346,11 +349,10 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     y_n, y_c, y_d, y_h, y_w = strides5(output)
     w_i, w_o, *w_taps = strides5(weight)
     walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, target_of(input.device).processors)
-    tf32 = chosen.precision == "tf32"
     if tile.fold.phases > 1:
-        packed = pack_folded(noted, weight, geometry, tile, tf32)
+        packed = pack_folded(noted, weight, geometry, tile)
     else:
-        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.M, tile.kb, tf32)
+        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.M, tile.kb, PARTS.get(tile.dtype, 0))
     taps, height, width = packed.shape
     w_layout, x_layout = kernels.descriptor_layouts(tile)
     source = input
@@ -427,7 +429,7 @@ def gather(
         )
         return
     packed = pack(
-        noted, weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, chosen.precision == "tf32"
+        noted, weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, int(chosen.precision == "tf32")
     )
     constants |= dict(EVEN_C=c_src % config.block_k == 0, PRECISION=chosen.precision, BLOCK_K=config.block_k)
     grid = tiles * (packed.shape[1] // config.block_n) * g

@@ -76,6 +76,11 @@ STAGING = 4  # chunks
 WORK = {"together": "eight warps a tile", "halves": "four warps half a tile", "tiles": "four warps a tile"}
 
 
+def bytes_of(dtype: str) -> int:
+    """Of an element of a Shift's dtype."""
+    return 2 if dtype in ("fp16", "bf16") else 4
+
+
 @dataclass(frozen=True)
 class Shift:
     """A tile of the shift kernel, in the form that it takes."""
@@ -84,7 +89,8 @@ class Shift:
     # shift in pixels) of each tap; where one is for all, blocks count from the phase's first tap.
     taps: tuple[tuple[tuple[int, int, int], ...], ...]
     blocks_w: int  # blocks of weights of one tap along depth and height and one block of channels
-    taps_all: int
+    whole: int  # blocks of weights of all taps and one block of channels
+    parts: int  # of an operand: at tf32x3 it is the sum of two TF32 values
     # First input row that output row 0 reads: of each phase along the height, or of all where one tile does them all.
     low: tuple[int, ...]
     low_w: int
@@ -102,12 +108,13 @@ class Shift:
     pixels: int  # of a consumer
     work: str  # of the consumers: WORK
     size: int  # bytes of an element
-    dtype: str  # "fp16", "bf16" or "fp32"
+    dtype: str  # "fp16", "bf16", "tf32" or "tf32x3"
     kb: int  # channels of a stage
     stages: int
-    pitch: int  # pixels from stage to stage
+    part: int  # pixels from part to part of a stage
+    pitch: int  # and from stage to stage
     ring: int  # pixels of all stages and slack
-    slots: int  # blocks of weights in shared memory
+    slots: int  # blocks of weights in shared memory, of as many parts each
     resident: bool  # they are all of a channel tile's weights
     chunk: int  # pixels that pass through the output buffer at once
     src_layout: str
@@ -185,7 +192,7 @@ def make(
 ) -> Shift | None:
     """The tile with `box` pixels a row and `pixels` of each group of four warps, or None where it does not fit."""
     depth, height, width = axes
-    size = 4 if dtype == "fp32" else 2
+    size = bytes_of(dtype)
     by_h = [height.taps(a) for a in range(height.stride)]
     by_w = [width.taps(b) for b in range(width.stride)]
     # `pixels` are four warps'; a consumer and a tile have as many, or twice.
@@ -209,7 +216,8 @@ def make(
     columns = [d for _, _, d in across]
     low_w, high_w = min(columns, default=0), max(columns, default=0)
     staged = how == "staged"
-    bring = {"bulk": 1, "staged": min(64, box & -box), "threads": 128 if size == 4 else 64}[how]  # more would spill
+    # More would spill.
+    bring = {"bulk": 1, "staged": min(64, box & -box), "threads": 128 if dtype == "tf32" else 64}[how]
     looped = (depth, height) if by_row else (depth,)
     if staged and bring < 16:
         return None
@@ -232,7 +240,8 @@ def make(
     if dst_layout == "channels" and f.channels * size < 32:
         return None  # the least that a buffer's swizzle takes
     block = M * kb * size
-    taps_all = depth.kernel * height.kernel * blocks_w
+    everything = depth.kernel * height.kernel * blocks_w
+    parts = 2 if dtype == "tf32x3" else 1
     # Blocks of one tile.
     read_in = cdiv(c_in, kb) * prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in looped)
     buffered = f.accumulators if dst_layout == "width" else 1
@@ -254,8 +263,9 @@ def make(
     )
     halo_rows = rows + span
     unit = max(of_consumer, bring)
-    pitch = cdiv(halo_rows * box, unit) * unit
-    furthest = max((s for row in taps for _, _, s in row), default=0) + of_tile
+    part = cdiv(halo_rows * box, unit) * unit
+    pitch = part * parts
+    furthest = max((s for row in taps for _, _, s in row), default=0) + of_tile + pitch - part
     slack = cdiv(max(0, furthest - pitch), 8) * 8 * kb * size
     stage = pitch * kb * size
     # All phases release a tile's blocks with the last of them, and with a tile each, blocks of two tiles are under way:
@@ -267,10 +277,10 @@ def make(
         if (resident and not all_phases) or (not resident and work == "tiles"):
             continue  # a tile a phase streams its weights, a tile each does not
         buffers = (2 * M * chunk * buffered + staging * bring * kb) * size
-        slots = taps_all * cdiv(c_in, kb)
+        slots = everything * cdiv(c_in, kb)
         if not resident:
-            slots = 8 if buffers + slack + least * stage + 8 * block <= SHARED else 4
-        stages = (SHARED - buffers - slack - slots * block) // stage
+            slots = (8 if buffers + slack + least * stage + 8 * block <= SHARED else 4) // parts
+        stages = (SHARED - buffers - slack - slots * parts * block) // stage
         if stages >= least:
             break
     else:
@@ -285,9 +295,9 @@ def make(
     else:
         registers = 184, 120
     return Shift(
-        taps, blocks_w, taps_all, low, low_w, depth, volume, height, by_row, alike, width.stride, f,
-        rows, halo_rows, box, useful, of_consumer, work, size, dtype, kb,
-        stages, pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
+        taps, blocks_w, everything, parts, low, low_w, depth, volume, height, by_row, alike, width.stride, f,
+        rows, halo_rows, box, useful, of_consumer, work, size, dtype, kb, stages, part,
+        pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
         src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,
         1 if how == "bulk" else 4,
     )  # fmt: skip
@@ -326,6 +336,7 @@ def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors) -> Wal
 # What one SM of an H200 does in a cycle, for comparing tiles with each other: fitted to the times of 604 tiles of 17
 # layers (docs/kernels.md), of which the tile chosen so was 4 % slower than the best in geometric mean.
 MULTIPLY_ADDS = {2: 2000, 4: 1000}  # by bytes of an element
+PRODUCTS = {1: 1, 2: 3}  # by parts of an operand
 NARROW = 0.95  # of that rate with 64 pixels a consumer: operand A takes more of shared memory's rate
 BLOCK, TAP = 150, 7  # cycles of a block of channels and of a tap of it, beside the multiply-adds
 BRING = {"bulk": 200, "staged": 21, "threads": 11}  # bytes of input
@@ -344,6 +355,7 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     phases = tile.height.stride if tile.all_phases else 1
     readings = tile.readings
     taps = tile.blocks_w * readings * (1 if tile.by_row else tile.height.kernel * phases / tile.height.stride)
+    taps *= PRODUCTS[tile.parts]
     blocks = walked.blocks * readings
     channels = walked.blocks * tile.kb
     rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels // tile.groups == 64 else 1.0)
@@ -374,14 +386,17 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
     _, height, width = axes
     offsets = [d for b in range(width.stride) for _, d in width.taps(b)]
     halo = max(offsets) - min(offsets)
-    size = 4 if dtype == "fp32" else 2
+    size = bytes_of(dtype)
     boxes = {8, 16, 32, 64, 128, 256}
     if how == "threads" and (exact := cdiv(columns_out + halo + (vector if vector > 1 else 0), vector) * vector) <= 64:
         boxes.add(exact)
     if how == "staged" and (exact := cdiv(columns_out + halo + 16 // size, 16) * 16) <= 256:
         boxes.add(exact)
-    kb = power_of_two(c_in, 16, 128 // size)  # rows of 128 bytes
-    by_row = height.kernel * width.kernel > MOST_TAPS or height.stride > MOST_PHASES
+    # Rows of 128 bytes; in two parts, of 64 so that as many pixels fit.
+    wide = power_of_two(c_in, 16, 128 // size)
+    depths = sorted({wide, 16}) if dtype == "tf32x3" else [wide]
+    code = height.kernel * width.kernel * (2 if dtype == "tf32x3" else 1)
+    by_row = code > MOST_TAPS or height.stride > MOST_PHASES
     # Without strides a tile stores once after many taps, and little is lost where nobody stores while others multiply.
     long = height.stride == width.stride == 1 and height.kernel * width.kernel >= LONG
     whole = "together" if long else "halves"
@@ -392,14 +407,16 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
         for work, all_phases in ((whole, True), (whole, False), ("tiles", True)):
             fits = pixels * folded[1] <= 256 and (bulk or pixels <= 128) and (all_phases or height.stride > 1)
             fits = fits and not (by_row and all_phases and height.stride > 1)
+            if dtype == "tf32x3":  # a tap's sum has registers, too
+                fits = fits and pixels * (folded[1] + 1) <= 256
             # These spill accumulators, by the kilobyte.
             if all_phases and height.stride > 1 and not bulk:
                 fits = fits and pixels * folded[1] <= 128
             if folded[0] > 1:
                 fits = fits and pixels <= 128
             # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.
-            if fits and (work == whole or bulk or dtype == "fp32"):
-                for box in sorted(boxes):
+            if fits and (work == whole or bulk or size == 4):
+                for kb, box in product(depths, sorted(boxes)):
                     if box <= pixels * (2 if work == whole else 1):
                         yield box, pixels, kb, work, all_phases, by_row, folded, how
 
@@ -414,7 +431,7 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
             f"the shift kernel was not tried with Triton {'.'.join(map(str, target.triton))}",
         ),
         (geometry.groups > 1, "the shift kernel has no groups yet"),
-        (precision not in ("half", "tf32"), f"the shift kernel has no {precision} yet"),
+        (precision not in ("half", "tf32", "tf32x3"), f"the shift kernel has no {precision} yet"),
         (
             max(depth.stride, depth.padding, height.padding) > MOST_DIVISOR,
             f"the shift kernel has strides up to {MOST_DIVISOR} along the depth, paddings along depth and height",
@@ -445,7 +462,7 @@ def choose(
     axes = geometry.axes3
     output = geometry.output_size(size)
     size, output = ((1,) * (3 - len(s)) + tuple(s) for s in (size, output))
-    element = 4 if dtype == "fp32" else 2
+    element = bytes_of(dtype)
     how = "bulk" if source == "vectors" and element == 2 else "staged" if vector * element >= 16 else "threads"
     src_vector = min(vector, 2) if source == "width" and element == 2 else 1
     dst_vector = 4 if output[2] % 4 == 0 else 1
@@ -472,6 +489,6 @@ def choose(
     if best is None:
         return None
     _, took, tile = best
-    products = batch * prod(output) * c_in * c_out * geometry.taps / prod(geometry.stride)
+    products = PRODUCTS[tile.parts] * batch * prod(output) * c_in * c_out * geometry.taps / prod(geometry.stride)
     least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
     return tile if least >= LEAST_SHARE * took else None

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from oracle import ATEN, assert_no_worse
+from oracle import ATEN, assert_no_worse, round_tf32
 
 import tconv
 from tconv import launch, shift
@@ -60,7 +60,11 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
     assert tile.volume or (walked.planes == 1 and tile.depth.taps(0) == [(0, 0)])  # without, the kernel knows no planes
     f = tile.fold
     assert walked.tiles_co == -(-c_out // f.channels) == 1 and walked.blocks == -(-c_in // tile.kb)
-    packed = blocks_of(tile, g, w)
+    parts = [(x, w)]
+    if tile.parts == 2:
+        x_high, w_high = x.float().double(), w.float().double()
+        parts = [(x_high, w_high), (x - x_high, w - w_high)]
+    packed = [block for _, part in parts for block in blocks_of(tile, g, part)]
     y = torch.full((batch, c_out, *output), torch.nan, dtype=x.dtype)
     written = torch.zeros_like(y, dtype=torch.int64)
     phases = range(tile.height.stride)
@@ -79,7 +83,8 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                 m, h = divmod(v, walked.image)
                 n, d = m // walked.planes, m % walked.planes + delta
                 inside = 0 <= n < batch and 0 <= d < size[0] and h < size[1] and 0 <= column < size[2]
-                stage[p] = x[n, :, d, h, column] if inside else 0
+                for i, (part, _) in enumerate(parts):
+                    stage[i * tile.part + p] = part[n, :, d, h, column] if inside else 0
             for a in phases if tile.all_phases else (index,):
                 acc = sums.setdefault(a, torch.zeros(f.accumulators, c_out * f.phases, tile.of_tile, dtype=x.dtype))
                 first = tile.height.taps(a)[0][0] if tile.alike else 0
@@ -88,6 +93,10 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                     seen = stage[offset : offset + tile.of_tile]
                     assert seen.shape[0] == tile.of_tile
                     acc[accumulator] += packed[base + block] @ seen.T
+                    if tile.parts == 2:
+                        second = stage[tile.part + offset : tile.part + offset + tile.of_tile]
+                        acc[accumulator] += packed[base + block] @ second.T
+                        acc[accumulator] += packed[base + block + tile.whole] @ seen.T
         for a in phases if tile.all_phases else (index,):
             for p in range(tile.of_tile):
                 r, column = divmod(p, tile.box)
@@ -137,7 +146,7 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", ("tf32", "tf32x3", "bf16"))
 def test_tiles_make_the_convolution(name, dtype):
     """Every kind of tile that may be chosen, of any width, however the warps share it, all phases or one."""
     g = GEOMETRIES[name]
@@ -149,7 +158,7 @@ def test_tiles_make_the_convolution(name, dtype):
     for source, vector, how in (
         ("width", 2, "threads"),
         ("width", 2, "staged"),
-        ("channels", 1, "staged" if dtype == "fp32" else "bulk"),
+        ("channels", 1, "bulk" if dtype == "bf16" else "staged"),
     ):
         columns = -(-exact.shape[-1] // g.stride[-1])
         for candidate in shift.candidates(g.axes3, dtype, columns, 20, 3, how, vector):
@@ -189,20 +198,23 @@ def test_folded_phases_read_the_same_inputs():
         assert any(tiles) == exact, (kernel, stride, padding)
 
 
+@pytest.mark.parametrize("dtype", ("tf32", "tf32x3"))
 @pytest.mark.parametrize("name", ("k5s5op2", "k6s3p3op2", "1d_k16s8", "1d_k14s7"))
-def test_packed_weights_of_folded_phases(name, device):
+def test_packed_weights_of_folded_phases(name, dtype, device):
     """The kernel that packs them against the definition, for several tiles of output channels and ragged ones."""
     g = GEOMETRIES[name]
     weight = torch.randn(20, 37, *g.kernel, device=device)
     checked = 0
-    for candidate in shift.candidates(g.axes3, "fp32", 64, 20, 37, "threads", 1):
-        tile = shift.make(g.axes3, "fp32", 20, *candidate, "width", "width", 1, 1, g.ndim == 3)
+    for candidate in shift.candidates(g.axes3, dtype, 64, 20, 37, "threads", 1):
+        tile = shift.make(g.axes3, dtype, 20, *candidate, "width", "width", 1, 1, g.ndim == 3)
         if tile is None or tile.box != 64 or tile.pixels != 64:
             continue
-        packed = launch.pack_folded(Record(weight), weight, g, tile, False).cpu()
+        packed = launch.pack_folded(Record(weight), weight, g, tile).cpu()
         taps, _, channels = packed.shape
+        high = round_tf32(weight.cpu())
+        parts = [high, round_tf32(weight.cpu() - high)][: tile.parts]
         expected = torch.zeros(taps, -(-37 // tile.fold.channels) * tile.fold.channels * tile.fold.phases, channels)
-        for block, values in enumerate(blocks_of(tile, g, weight.cpu())):
+        for block, values in enumerate(block for part in parts for block in blocks_of(tile, g, part)):
             expected[block, : values.shape[0], :20] = values
         assert torch.equal(packed, expected)
         checked += 1
@@ -235,7 +247,7 @@ def test_tiles_fit(suite):
             assert tile.stages >= (blocks * readings + 1 if held else 2)
             assert tile.work != "tiles" or (tile.resident and tile.all_phases)
             assert tile.pixels // tile.groups * tile.fold.accumulators <= 256 and tile.fold.joined >= tile.stride_w
-            assert not tile.resident or tile.slots == tile.taps_all * blocks
+            assert not tile.resident or tile.slots == tile.whole * blocks
     assert chosen > 100
 
 
@@ -252,7 +264,6 @@ def test_tiles_fit(suite):
             "the shift kernel has strides up to 32768 along the depth, paddings along depth and height",
         ),
         (dict(large=True), "the shift kernel has 32-bit offsets"),
-        (dict(tf32=False), "the shift kernel has no tf32x3 yet"),
         (dict(c_out=7), "few channels"),
         (dict(source="strided"), "of the tensors' strides"),
         (dict(source="vectors", vector=4), "the input is not aligned to 16 bytes"),
@@ -326,24 +337,24 @@ CASES = (
 def test_the_cases_take_the_shift_kernel(case):
     """By the plan for a Hopper GPU: what the next test runs there is this kernel."""
     ndim, g = len(case.input) - 2, case.geometry
-    dtypes, sources = (torch.float32, torch.float16, torch.bfloat16), (("width", 1), ("width", 4), ("vectors", 16))
-    for dtype, (source, vector) in itertools.product(dtypes, sources):
+    dtypes = (torch.float32, True), (torch.float32, False), (torch.float16, True), (torch.bfloat16, True)
+    for (dtype, tf32), (source, vector) in itertools.product(dtypes, (("width", 1), ("width", 4), ("vectors", 16))):
         sizes = case.input[0], case.input[1], case.weight[1], case.input[2:]
         for destination in {source, "vectors" if ndim > 1 else "width"}:
-            problem = Problem("forward", g, *sizes, dtype, True, source, destination, vector)
-            assert plan(problem, TARGET).family == "shift", (dtype, source, destination)
+            problem = Problem("forward", g, *sizes, dtype, tf32, source, destination, vector)
+            assert plan(problem, TARGET).family == "shift", (dtype, tf32, source, destination)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-@pytest.mark.parametrize("precision", ("tf32", "float16", "bfloat16"))
+@pytest.mark.parametrize("precision", ("tf32", "ieee", "float16", "bfloat16"))
 def test_on_the_gpu(case, precision, reserve):
     """Against the oracle, in each combination of memory formats, and the same bits every time."""
     ndim = len(case.input) - 2
     reserve(64 * case.input[0] * case.weight[1] * prod(case.geometry.output_size(case.input[2:])))
     dtype = getattr(torch, precision, torch.float32)
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if precision == "ieee" else "tf32"
     function = (tconv.conv_transpose1d, tconv.conv_transpose2d, tconv.conv_transpose3d)[ndim - 1]
     x = torch.randn(case.input, device="cuda", dtype=dtype)
     w = torch.randn(case.weight, device="cuda", dtype=dtype) / case.input[1] ** 0.5
@@ -363,12 +374,13 @@ def test_on_the_gpu(case, precision, reserve):
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_infinities_stay_where_they_belong(case):
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=("float16", "ieee"))
+def test_infinities_stay_where_they_belong(case, dtype, ieee):
     """An infinity in the input reaches the outputs that its taps reach, and no other."""
     ndim = len(case.input) - 2
     function = (tconv.conv_transpose1d, tconv.conv_transpose2d, tconv.conv_transpose3d)[ndim - 1]
-    x = torch.randn(case.input, device="cuda", dtype=torch.float16)
-    w = torch.randn(case.weight, device="cuda", dtype=torch.float16) / case.input[1] ** 0.5
+    x = torch.randn(case.input, device="cuda", dtype=dtype)
+    w = torch.randn(case.weight, device="cuda", dtype=dtype) / case.input[1] ** 0.5
     x[1, 1][tuple(n // 2 for n in case.input[2:])] = torch.inf
     exact = ATEN[ndim](x.double(), w.double(), **case.layer)
     assert torch.equal(function(x, w, **case.layer).isfinite(), exact.isfinite())

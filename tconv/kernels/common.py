@@ -119,6 +119,19 @@ def round_tf32(v):
 
 
 @triton.jit
+def split_tf32(v):
+    """fp32 as two TF32 values whose sum it is to 22 bits.
+
+    What TF32 cannot hold as a finite value is the second alone: an infinite first one would make a NaN of itself and the
+    other operand's second, where that is zero or of the other sign.
+    """
+    high = round_tf32(v)
+    finite = tl.abs(high) < float("inf")
+    high = tl.where(finite, high, 0.0)
+    return high, tl.where(finite, round_tf32(v - high), v)
+
+
+@triton.jit
 def load_tile(base, pixel, channel, mask, LAYOUT: tl.constexpr):
     """A [pixels, channels] tile; loaded so that neighbouring threads touch neighbouring addresses."""
     if LAYOUT == "channels" or LAYOUT == "vectors":

@@ -16,6 +16,7 @@ from .common import (
     operand,
     round_tf32,
     split_row,
+    split_tf32,
     store_tile,
 )
 
@@ -157,12 +158,12 @@ def gather_gemm(
 )
 def pack_weight(
     weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w,
-    TF32: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """packed[group, tap, c_dst, c_src] from a weight of any strides, zero-padded to whole tiles.
+    """packed[part, group, tap, c_dst, c_src] from a weight of any strides, zero-padded to whole tiles.
 
-    Reduction channels become contiguous (the tensor core's K-major operand); fp32 is rounded to TF32
-    once here when TF32 is the precision.  w_g, w_s, w_t: the weight's strides along group, source
+    Reduction channels become contiguous (the tensor core's K-major operand); fp32 becomes PARTS TF32 values (0: it is
+    left alone, one part).  w_g, w_s, w_t: the weight's strides along group, source
     channel and destination channel.
     """
     width = tl.cdiv(c_src, BLOCK_K) * BLOCK_K
@@ -182,10 +183,15 @@ def pack_weight(
     present = tl.where(co < c_dst, c_src, 0)  # padding rows have no channels
     mask = (cs < present)[:, None] & (t < taps)[None, :]
     v = tl.load(weight + group * w_g + co.to(tl.int64) * w_t + cs[:, None] * w_s + tap[None, :], mask=mask, other=0.0)
-    if TF32:
-        v = round_tf32(v)
     out = packed + ((group * taps + t[:, None]) * height + co) * width + cs[None, :]
-    tl.store(out, tl.trans(v), mask=(t < taps)[:, None] & (cs < width)[None, :])
+    mask = (t < taps)[:, None] & (cs < width)[None, :]
+    if PARTS == 2:
+        v, low = split_tf32(v)
+        rows = tl.num_programs(0) // (tiles_c * tiles_t) * taps  # of the first part
+        tl.store(out + rows.to(tl.int64) * width, tl.trans(low), mask=mask)
+    if PARTS == 1:
+        v = round_tf32(v)
+    tl.store(out, tl.trans(v), mask=mask)
 
 
 @triton.jit(

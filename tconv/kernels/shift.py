@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import round_tf32
+from .common import round_tf32, split_tf32
 
 # Triton 3.6 to 3.8 and 3.9 name these differently.
 _DESCRIPTOR = gl.shared_memory_descriptor
@@ -125,14 +125,29 @@ PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES = (gl.constexpr(i) for i in r
 
 @triton.constexpr_function
 def _element(p):
-    return {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[p.dtype]
+    return {"bf16": gl.bfloat16, "fp16": gl.float16}.get(p.dtype, gl.float32)
 
 
 @gluon.jit
-def _round(v, p: gl.constexpr):
-    if p.size == 4:  # wgmma would truncate to TF32; cuDNN rounds to nearest even
-        v = gl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [v], dtype=gl.float32, is_pure=True, pack=1)
-    return v
+def _round(v):
+    """To TF32: wgmma would truncate; cuDNN rounds to nearest even."""
+    return gl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [v], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _put(v, ring, row, p: gl.constexpr):
+    """A chunk of pixels into the ring from `row` on; at tf32x3 as two TF32 values, in two places (common.split_tf32)."""
+    to = _rows(ring, row, p.bring, p)
+    if p.parts == 2:
+        high = _round(v)
+        finite = gl.abs(high) < float("inf")
+        high = gl.where(finite, high, 0.0)
+        to.store(high)
+        _rows(ring, row + p.part, p.bring, p).store(gl.where(finite, _round(v - high), v))
+    elif p.size == 4:
+        to.store(_round(v))
+    else:
+        to.store(v)
 
 
 @gluon.jit
@@ -285,7 +300,7 @@ def _bring_by_tma(x, ring, full, empty, sizes, p: gl.constexpr):
 
 @gluon.jit
 def _load(x, sizes, kb, delta, tile_w, row, J: gl.constexpr, p: gl.constexpr):
-    """Chunk J of a tile's input in registers, [pixels, channels], rounded to TF32 where that is the precision."""
+    """Chunk J of a tile's input in registers, [pixels, channels]."""
     n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w = (
         sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12]
     )  # fmt: skip
@@ -321,8 +336,10 @@ def _push(w, ring, full, empty, sizes, i, co, phase, phase_d, A: gl.constexpr, p
         for k in gl.static_range(len(p.taps[A])):
             s = i % p.slots
             mbarrier.wait(empty.index(s), (i // p.slots & 1) ^ 1)
-            mbarrier.expect(full.index(s), M * p.kb * p.size)
-            async_load(w, [row + p.taps[A][k][1] * tiles_co * M, kb * p.kb], full.index(s), ring.index(s))
+            mbarrier.expect(full.index(s), p.parts * M * p.kb * p.size)
+            for part in gl.static_range(gl.constexpr(p.parts)):
+                at = row + (p.taps[A][k][1] + part * p.whole) * tiles_co * M
+                async_load(w, [at, kb * p.kb], full.index(s), ring.index(s * p.parts + part))
             i += 1
     return i
 
@@ -332,8 +349,8 @@ def _push_all(w, ring, full, sizes, p: gl.constexpr):
     """Where they fit: all weights of this CTA's channel tile, which never changes then."""
     tiles_co, blocks = sizes[0], sizes[3]
     co = gl.program_id(0) % tiles_co
-    mbarrier.expect(full.index(0), p.slots * M * p.kb * p.size)
-    for tap in range(0, p.taps_all):
+    mbarrier.expect(full.index(0), p.slots * p.parts * M * p.kb * p.size)
+    for tap in range(0, p.whole * p.parts):
         for kb in range(0, blocks):
             async_load(w, [(tap * tiles_co + co) * M, kb * p.kb], full.index(0), ring.index(tap * blocks + kb))
 
@@ -372,7 +389,7 @@ def _bring_by_threads(x, ring, full, empty, sizes, p: gl.constexpr):
             for n in gl.static_range(gl.constexpr(p.brings)):
                 if n + 1 < p.brings:
                     ahead = _load(x, sizes, kb, delta, tile_w, row + low, n + 1, p)
-                _rows(ring, s * p.pitch + n * p.bring, p.bring, p).store(_round(value, p))
+                _put(value, ring, s * p.pitch + n * p.bring, p)
                 if n + 1 < p.brings:
                     value = ahead
             fence_async_shared()
@@ -436,7 +453,7 @@ def _bring_staged(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
                     value = staging.index(slot).load(layout)
                 else:
                     value = staging.index(slot).permute((1, 0)).load(layout)
-                _rows(ring, s * p.pitch + n * p.bring, p.bring, p).store(_round(value, p))
+                _put(value, ring, s * p.pitch + n * p.bring, p)
                 fence_async_shared()
                 barrier()  # everyone has read the slot
                 at = _issue(x, staging, ready, sizes, at, count + p.staging, p)
@@ -592,6 +609,71 @@ def _wait(acc0, acc1, OUTSTANDING: gl.constexpr, p: gl.constexpr):
 
 
 @gluon.jit
+def _taps(
+    acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks,
+    START: gl.constexpr, A: gl.constexpr, p: gl.constexpr,
+):  # fmt: skip
+    """Add the products of one block of channels and its taps.  Resident weights are at slot0 and so many blocks further
+    on, streamed ones at j; returns the accumulators and j."""
+    for k in gl.static_range(len(p.taps[A])):
+        if p.resident:
+            slot = slot0 + p.taps[A][k][1] * blocks
+        else:
+            slot = j % p.slots
+            mbarrier.wait(w_full.index(slot), j // p.slots & 1)
+        operand = _view(ring, s, START + p.taps[A][k][2], p)
+        if p.taps[A][k][0] == 0:
+            acc0 = warpgroup_mma(weights.index(slot), operand, acc0, is_async=True)
+        else:
+            acc1 = warpgroup_mma(weights.index(slot), operand, acc1, is_async=True)
+        if not p.resident:
+            if k > 0:
+                acc0, acc1 = _wait(acc0, acc1, 1, p)
+                mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
+            j += 1
+    if len(p.taps[A]) > 0:
+        acc0, acc1 = _wait(acc0, acc1, 0, p)
+        if not p.resident:
+            mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
+    return acc0, acc1, j
+
+
+@gluon.jit
+def _taps_in_parts(
+    acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks,
+    START: gl.constexpr, A: gl.constexpr, p: gl.constexpr,
+):  # fmt: skip
+    """As _taps, of operands in two parts: three products, without that of the second parts.  The tensor core truncates as it
+    accumulates, so a tap's sum is added in fp32."""
+    for k in gl.static_range(len(p.taps[A])):
+        # Once, which the assembler does not know: it would put off the additions, keep the sums of several taps and
+        # spill them.
+        for once in range(0, 1 + (blocks >> 30)):
+            if p.resident:
+                high = slot0 + p.taps[A][k][1] * blocks
+                low = high + p.slots
+            else:
+                slot = (j + k + once) % p.slots
+                mbarrier.wait(w_full.index(slot), (j + k + once) // p.slots & 1)
+                high = 2 * slot
+                low = high + 1
+            s += _opaque_zero(s)
+            x_high = _view(ring, s, START + p.taps[A][k][2], p)
+            x_low = _view(ring, s, START + p.part + p.taps[A][k][2], p)
+            sum = warpgroup_mma(weights.index(low), x_high, acc0, use_acc=False, is_async=True)
+            sum = warpgroup_mma(weights.index(high), x_low, sum, is_async=True)
+            sum = warpgroup_mma(weights.index(high), x_high, sum, is_async=True)
+            sum = warpgroup_mma_wait(0, deps=(sum,))
+            if not p.resident:
+                mbarrier.arrive(w_empty.index(slot), count=1)
+            if p.taps[A][k][0] == 0:
+                acc0 += sum
+            else:
+                acc1 += sum
+    return acc0, acc1, j + len(p.taps[A])
+
+
+@gluon.jit
 def _phase(
     y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffer, sizes, i, j, co, tile_w, row,
     phase, phase_d, A: gl.constexpr, CONSUMER: gl.constexpr, p: gl.constexpr,
@@ -609,27 +691,14 @@ def _phase(
         z = _opaque_zero(b)
         kb, base, delta, low = _block(b, blocks, readings, p)
         s = (i + b) % p.stages
+        slot0 = base * blocks + kb + z
         mbarrier.wait(x_full.index(s), (i + b) // p.stages & 1)
-        for k in gl.static_range(len(p.taps[A])):
-            if p.resident:
-                slot = (base + p.taps[A][k][1]) * blocks + kb + z
-            else:
-                slot = j % p.slots
-                mbarrier.wait(w_full.index(slot), j // p.slots & 1)
-            operand = _view(ring, s, START + p.taps[A][k][2], p)
-            if p.taps[A][k][0] == 0:
-                acc0 = warpgroup_mma(weights.index(slot), operand, acc0, is_async=True)
-            else:
-                acc1 = warpgroup_mma(weights.index(slot), operand, acc1, is_async=True)
-            if not p.resident:
-                if k > 0:
-                    acc0, acc1 = _wait(acc0, acc1, 1, p)
-                    mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
-                j += 1
-        if len(p.taps[A]) > 0:
-            acc0, acc1 = _wait(acc0, acc1, 0, p)
-            if not p.resident:
-                mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
+        if p.parts == 2:
+            acc0, acc1, j = _taps_in_parts(
+                acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks, START, A, p
+            )  # fmt: skip
+        else:
+            acc0, acc1, j = _taps(acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks, START, A, p)
         if p.all_phases:  # the last of them
             mbarrier.arrive(x_empty.index(s), count=1, pred=phase == p.height.stride - 1)
         else:
@@ -728,7 +797,7 @@ def shift(
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias, planes, d_in, x_d, d_out, y_d,
         _inverse(image), _inverse(planes),
     )  # fmt: skip
-    weights = gl.allocate_shared_memory(_element(p), [p.slots, M, p.kb], _swizzled(p.kb, p.size))
+    weights = gl.allocate_shared_memory(_element(p), [p.slots * p.parts, M, p.kb], _swizzled(p.kb, p.size))
     if SLICE:
         ring = gl.allocate_shared_memory(_element(p), [p.ring // 8, 8, p.kb], _swizzled(p.kb, p.size))
     else:
@@ -818,7 +887,7 @@ def shift(
 def pack_folded(
     weight, packed, c_in, c_out, kh, kw, w_i, w_o, w_d, w_h, w_w, stride, padding, dilation,
     low0, count0, low1, count1,
-    PHASES: tl.constexpr, TF32: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    PHASES: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """packed[tap of depth and height, offset along the width, output channel and folded phase, input channel].
 
@@ -847,9 +916,16 @@ def pack_folded(
     present = tl.where(co < c_out, c_in, 0)
     at = co.to(tl.int64) * w_o + (tap // kh).to(tl.int64) * w_d + (tap % kh).to(tl.int64) * w_h + k.to(tl.int64) * w_w
     v = tl.load(weight + c[:, None] * w_i + at[None, :], mask=(c < present)[:, None] & there[None, :], other=0.0)
-    if TF32:
-        v = round_tf32(v)
     entries = count0 + count1
     row = ((tap * entries + e) * tiles_co + co // CHANNELS) * 64 + co % CHANNELS * PHASES + j % PHASES
     out = packed + row.to(tl.int64)[:, None] * width + c[None, :]
-    tl.store(out, tl.trans(v), mask=(e < entries)[:, None] & (c < width)[None, :])
+    mask = (e < entries)[:, None] & (c < width)[None, :]
+    if PARTS == 2:
+        v, low = split_tf32(v)
+        rows = (
+            tl.num_programs(0) // tiles_c * PHASES * entries
+        )  # of the first part: a program an output channel and tap
+        tl.store(out + rows.to(tl.int64) * width, tl.trans(low), mask=mask)
+    if PARTS == 1:
+        v = round_tf32(v)
+    tl.store(out, tl.trans(v), mask=mask)
