@@ -291,7 +291,7 @@ def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, bloc
     count, _, kh, kw = prod(weight.shape[2:]), *sizes3(weight.shape[2:])
     height, width = cdiv(c_dst, block_n) * block_n, cdiv(c_src, block_k) * block_k
     packed = noted.workspace((max(1, parts) * groups * count, height, width), weight.dtype, weight)
-    block_t, block_c = 16, min(64, width)
+    block_t, block_c = 16, power_of_two(width, 16, 64)
     noted.launch(
         pack_weight,
         cdiv(count, block_t) * cdiv(width, block_c) * height * groups,
@@ -323,7 +323,7 @@ def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) ->
     packed = noted.workspace((max(1, parts) * kd * kh * entries, height, width), weight.dtype, weight)
     (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
     axis = geometry.axes3[2]
-    block_c = min(64, width)
+    block_c = power_of_two(width, 16, 64)
     noted.launch(
         kernel, kd * kh * cdiv(height, fold.phases) * cdiv(width, block_c),
         weight, packed, c_in, c_out, kh, kw, *strides5(weight), axis.stride, axis.padding, axis.dilation,

@@ -433,6 +433,11 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
         (geometry.groups > 1, "the shift kernel has no groups yet"),
         (precision not in ("half", "tf32", "tf32x3"), f"the shift kernel has no {precision} yet"),
         (
+            precision == "tf32x3" and height.kernel * width.kernel > MOST_TAPS,
+            f"in IEEE fp32 the shift kernel has up to {MOST_TAPS} taps along height and width: beyond, torch's largest error "
+            "can be smaller",
+        ),
+        (
             max(depth.stride, depth.padding, height.padding) > MOST_DIVISOR,
             f"the shift kernel has strides up to {MOST_DIVISOR} along the depth, paddings along depth and height",
         ),

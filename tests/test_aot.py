@@ -60,6 +60,7 @@ LAYERS = {
     "square-fp32-nchw": (layer(64, 128, 3, (128, 128), 8, padding=1), FP32, FIRST, False),
     "square-fp32-nhwc": (layer(64, 128, 3, (128, 128), 8, padding=1), FP32, LAST, False),
     "unet-fp32-nchw": (layer(128, 64, 4, (64, 64), 16, stride=2, padding=1), FP32, FIRST, False),
+    "few-fp32-nchw": (layer(48, 48, 3, (75, 59), 20, padding=1), FP32, FIRST, False),
     "together-tf32-nchw": (layer(64, 64, 3, (256, 256), 8, padding=1), FP32, FIRST, True),
     "by-row-bf16-nhwc": (layer(64, 64, 7, (128, 128), 8, padding=3), BF16, LAST, True),
     "tiles-bf16-nhwc": (layer(64, 48, 2, (128, 128), 8, stride=2), BF16, LAST, True),
