@@ -225,6 +225,11 @@ def make(
     # other's tiles and take a stage's old contents for new.
     if (staged or work == "tiles") and not all(axis.taps(a) for axis in looped for a in range(axis.stride)):
         return None
+    # Bulk copies may arrive out of order.  A group that takes every other tile does not wait for the other's, so a stage's
+    # block must follow one of its own: were it the other's, not there yet, the barrier would look like the one before it.
+    in_turn = work == "tiles" and how == "bulk"
+    if in_turn and any(len({len(axis.taps(a)) for a in range(axis.stride)}) > 1 for axis in looped):
+        return None
     staging = STAGING if staged else 0
     align = 1 if src_layout == "channels" else 16 // size if staged else src_vector  # a bulk copy starts at 16 bytes
     low_w -= low_w % align
@@ -271,7 +276,7 @@ def make(
     # All phases release a tile's blocks with the last of them, and with a tile each, blocks of two tiles are under way:
     # stages for two tiles, or for one block more, without which the ring would stand still.
     held = all_phases and (height.stride > 1 or work == "tiles")
-    wanted = (2 * read_in, read_in + 1) if held else (2,)
+    wanted = (2 * read_in, read_in + 1)[: 1 if in_turn else 2] if held else (2,)
     # All weights stay in shared memory where they fit.
     for least, resident, chunk in product(wanted, (True, False), (most, most // 2)):
         if (resident and not all_phases) or (not resident and work == "tiles"):
@@ -286,6 +291,8 @@ def make(
     else:
         return None
     stages = min(stages, max(4, wanted[0]))
+    if in_turn:
+        stages -= stages % (2 * read_in)
     low = tuple(lows[:1] if all_phases else lows)
     # So that fewest are spilt; a warp for the weights takes the registers of four.
     if how == "bulk":

@@ -1,0 +1,444 @@
+"""A stand-in for Gluon and for one SM of a Hopper GPU: it runs the shift kernel's own code on the CPU, a CTA at a time.
+
+The partitions of a CTA's warps are threads of which one runs at a time.  Which one goes on, and when a bulk copy arrives,
+is drawn anew with each seed, so that what the rings do not forbid happens sooner or later.  It fails where the GPU would
+hang (everybody waits), count too many arrivals, overwrite an operand before the product that reads it is waited for,
+multiply what is no TF32 value, access memory out of bounds, or store an element twice.  Shared memory begins as NaN, and
+so does what a bulk copy has begun to overwrite.
+
+It knows nothing of layouts, registers and proxies: where swizzled pixels lie (`_rows` and `_view`, which it replaces) and
+what a fence is for, only a GPU can tell.
+"""
+
+import builtins
+import random
+import threading
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from oracle import round_tf32
+
+import tconv.kernels.shift as real
+from tconv.record import Described, Record
+
+LAYOUTS = (
+    *("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
+    *("SharedLinearLayout", "SliceLayout", "SwizzledSharedLayout"),
+)
+ROUND = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def raw(value):
+    return value.a if isinstance(value, Value) else value
+
+
+def quotient(a, b):
+    """As the GPU divides integers: rounded towards zero."""
+    q = np.abs(a) // np.abs(b)
+    return np.where((a < 0) == (b < 0), q, -q)
+
+
+class Value:
+    """What is known at run time alone: a scalar or a tensor in registers; integers, booleans or (as doubles) reals."""
+
+    def __init__(self, a):
+        self.a = np.asarray(a)
+
+    @property
+    def type(self):
+        return SimpleNamespace(shape=list(self.a.shape))
+
+    def __index__(self):
+        return int(self.a)
+
+    def __int__(self):
+        return int(self.a)
+
+    def __bool__(self):
+        return bool(self.a)
+
+    def __getitem__(self, at):
+        return Value(self.a[at])
+
+    def reshape(self, shape):
+        return Value(self.a.reshape([int(n) for n in shape]))
+
+    def permute(self, order):
+        return Value(self.a.transpose(order))
+
+    def to(self, dtype):
+        if dtype not in ROUND or self.a.dtype.kind != "f":
+            return self
+        return Value(torch.from_numpy(self.a.copy()).to(ROUND[dtype]).double().numpy())
+
+
+def _operator(name, function):
+    setattr(Value, f"__{name}__", lambda self, other: Value(function(self.a, raw(other))))
+    setattr(Value, f"__r{name}__", lambda self, other: Value(function(raw(other), self.a)))
+
+
+for _name, _function in {
+    **dict(add=np.add, sub=np.subtract, mul=np.multiply, floordiv=quotient, mod=lambda a, b: a - quotient(a, b) * b),
+    **dict(rshift=np.right_shift, lshift=np.left_shift, xor=np.bitwise_xor),
+    **{"and": np.bitwise_and, "or": np.bitwise_or},
+    **dict(lt=np.less, le=np.less_equal, gt=np.greater, ge=np.greater_equal, eq=np.equal, ne=np.not_equal),
+}.items():
+    _operator(_name, _function)
+
+
+class Memory:
+    """Global memory behind a tensor's address: read as doubles; `written` counts the stores to each element."""
+
+    def __init__(self, t):
+        self.t = t
+        self.size = t.element_size()
+        length = t.untyped_storage().nbytes() // self.size - t.storage_offset()
+        self.flat = torch.as_strided(t, (length,), (1,), t.storage_offset())
+        self.data = self.flat.double().numpy().copy()
+        self.written = np.zeros(length, int)
+
+    def __add__(self, offsets):
+        return Pointers(self, raw(offsets))
+
+    def finish(self):
+        assert self.written.max(initial=0) <= 1, "an element was stored twice"
+        self.flat[torch.from_numpy(self.written > 0)] = torch.from_numpy(self.data[self.written > 0]).to(self.t.dtype)
+
+
+class Pointers:
+    def __init__(self, memory, offsets):
+        self.memory, self.offsets = memory, offsets
+
+    def __add__(self, offsets):
+        return Pointers(self.memory, self.offsets + raw(offsets))
+
+
+class Descriptor:
+    """A tensor as bulk copies take it."""
+
+    def __init__(self, memory, facts):
+        self.memory, (self.shape, self.strides, self.box, _) = memory, facts
+
+    def read(self, corner):
+        """The box at `corner`, zero where it leaves the tensor."""
+        at, inside = 0, True
+        for axis, (begin, n) in enumerate(zip(corner, self.box, strict=True)):
+            shape = [-1 if i == axis else 1 for i in range(len(self.box))]
+            i = (int(begin) + np.arange(n)).reshape(shape)
+            inside = inside & (i >= 0) & (i < self.shape[axis])
+            at = at + i * self.strides[axis]
+        return np.where(inside, self.memory.data[np.where(inside, at, 0)], 0.0)
+
+
+class Shared:
+    """A view of shared memory, of which the first `own` columns must not change while a product reads it."""
+
+    def __init__(self, array, own=None):
+        self.array, self.own = array, own
+
+    def index(self, i):
+        return Shared(self.array[int(i)])
+
+    def permute(self, order):
+        return Shared(self.array.transpose(order))
+
+    def store(self, value):
+        assert self.array.shape == value.a.shape
+        self.array[...] = value.a
+
+    def load(self, layout):
+        return Value(self.array.copy())
+
+
+class Barrier:
+    """An mbarrier: its phase ends when all have arrived and all announced bytes have."""
+
+    def init(self, count):
+        self.count = self.pending = count
+        self.bytes = self.phase = 0
+
+    def arrive(self, count=0, expect=0, arrived=0):
+        self.pending -= count
+        self.bytes += expect - arrived
+        assert self.pending >= 0, "too many arrivals"
+        if not self.pending and not self.bytes:
+            self.pending, self.phase = self.count, self.phase ^ 1
+
+
+class Stopped(Exception):
+    """Another partition failed."""
+
+
+class Machine:
+    """One CTA."""
+
+    def __init__(self, program, grid, size, seed):
+        self.program, self.grid, self.size = program, grid, size  # bytes of an element
+        self.draw = random.Random(seed)
+        self.copies = []  # under way
+        self.own = threading.local()  # .name: of this thread's partition; .products: that it has not waited for
+        self.waiting: dict = {}  # by partition: what it waits for, or None
+        self.turn, self.alive, self.error = None, 0, None
+        self.changed = threading.Condition()
+
+    # Who runs
+
+    def partitions(self, calls, *_):
+        """gl.warp_specialize."""
+        self.alive = len(calls)
+        self.waiting = dict.fromkeys(range(len(calls)))
+        threads = [threading.Thread(target=self._partition, args=(i, *call)) for i, call in enumerate(calls)]
+        for thread in threads:
+            thread.start()
+        with self.changed:
+            self._next()
+        for thread in threads:
+            thread.join()
+        if self.error:
+            raise self.error
+        assert not self.copies, "a bulk copy was waited for by nobody"
+
+    def _partition(self, name, function, args):
+        self.own.name, self.own.products = name, []
+        try:
+            self._sleep()
+            function(*args)
+            assert not self.own.products, "a product was not waited for"
+        except Stopped:
+            return
+        except BaseException as error:
+            self.error = self.error or error
+        with self.changed:
+            self.alive -= 1
+            self._next()
+
+    def _next(self):
+        """Give the turn to somebody who can go on."""
+        while self.alive and not self.error:
+            if self.copies and self.draw.random() < 0.3:
+                self._arrive()
+            able = [name for name, ready in self.waiting.items() if ready is None or ready()]
+            if able:
+                self.turn = self.draw.choice(able)
+                del self.waiting[self.turn]
+                break
+            if self.copies:
+                self._arrive()
+            else:
+                self.error = AssertionError("everybody waits")
+        self.changed.notify_all()
+
+    def _sleep(self):
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == self.own.name or self.error)
+        if self.error:
+            raise Stopped
+
+    def step(self, ready=None):
+        """Let others go on; return when `ready`."""
+        if not hasattr(self.own, "name"):  # before the partitions begin
+            return
+        with self.changed:
+            self.waiting[self.own.name] = ready
+            self.turn = None
+            self._next()
+        self._sleep()
+
+    def _arrive(self):
+        source, corner, barrier, to, nbytes = self.copies.pop(self.draw.randrange(len(self.copies)))
+        to.array[...] = source.read(corner).reshape(to.array.shape)
+        barrier.arrive(arrived=nbytes)
+
+    # What the kernel calls
+
+    def allocate(self, dtype, shape, layout):
+        if dtype == "int64":
+            return SimpleNamespace(index=[Barrier() for _ in range(shape[0])].__getitem__)
+        return Shared(np.full(shape, np.nan))
+
+    def wait(self, barrier, parity):
+        self.step(lambda: barrier.phase != int(parity))
+
+    def arrive(self, barrier, count=1, pred=True):
+        self.step()
+        if pred:
+            barrier.arrive(count)
+
+    def expect(self, barrier, nbytes, pred=True):
+        if pred:
+            barrier.arrive(1, expect=int(nbytes))
+
+    def async_load(self, source, corner, barrier, to, pred=True):
+        if pred:
+            to.array[...] = np.nan
+            self.copies.append((source, [int(i) for i in corner], barrier, to, prod(source.box) * self.size))
+        self.step()
+
+    def multiply(self, a, b, acc, use_acc=True, is_async=True):
+        if self.size == 4:
+            for each in (a.array, b.array):
+                single = torch.from_numpy(np.nan_to_num(each, posinf=0, neginf=0)).float()
+                assert torch.equal(round_tf32(single), single), "what is no TF32 value is multiplied"
+        self.own.products.append((a, b, a.array.copy(), b.array.copy()))
+        with np.errstate(invalid="ignore"):
+            product = a.array @ b.array
+        return Value(product + acc.a if use_acc else product)
+
+    def multiply_wait(self, outstanding, deps):
+        self.step()
+        done = len(self.own.products) - outstanding
+        for a, b, a_was, b_was in self.own.products[: max(0, done)]:
+            for each, was in ((a, a_was), (b, b_was)):
+                same = np.array_equal(each.array[:, : each.own], was[:, : each.own], equal_nan=True)
+                assert same, "an operand was overwritten before its product was done"
+        del self.own.products[: max(0, done)]
+        return deps if len(deps) > 1 else deps[0]
+
+
+def load(pointer, mask, other):
+    offsets, mask = np.broadcast_arrays(pointer.offsets, raw(mask))
+    memory = pointer.memory
+    assert not (mask & ((offsets < 0) | (offsets >= memory.data.size))).any(), "a load out of bounds"
+    return Value(np.where(mask, memory.data[np.where(mask, offsets, 0)], other))
+
+
+def store(pointer, value, mask):
+    offsets, mask, values = np.broadcast_arrays(pointer.offsets, raw(mask), value.a)
+    memory = pointer.memory
+    assert not (mask & ((offsets < 0) | (offsets >= memory.data.size))).any(), "a store out of bounds"
+    np.add.at(memory.written, offsets[mask], 1)
+    memory.data[offsets[mask]] = values[mask]
+
+
+def inline_assembly(text, constraints, args, dtype, is_pure, pack):
+    (v,) = args
+    if text.startswith("mov.b32 $0, 0"):
+        return Value(np.zeros_like(raw(v)))
+    assert text.startswith("cvt.rn.tf32.f32")
+    return Value(round_tf32(torch.from_numpy(v.a.copy()).float()).double().numpy())
+
+
+def namespace(machine, change):
+    """The kernel's module with this machine in Gluon's place, and with one text in that of another."""
+
+    def decorator(*functions, **_):
+        return functions[0] if functions else lambda function: function
+
+    def anything(*_, **__):
+        return None
+
+    def where(condition, a, b):
+        return Value(np.where(raw(condition), raw(a), raw(b)))
+
+    reinterpret = staticmethod(lambda mem, dtype, shape, layout: Shared(mem.array.reshape(shape)))
+    gl = SimpleNamespace(
+        constexpr=lambda value: value,
+        static_range=lambda *bounds: builtins.range(*map(int, bounds)),
+        arange=lambda a, b, layout: Value(np.arange(int(a), int(b))),
+        zeros=lambda shape, dtype, layout: Value(np.zeros([int(n) for n in shape])),
+        where=where,
+        abs=lambda v: Value(np.abs(v.a)),
+        join=lambda a, b: Value(np.stack((a.a, b.a), -1)),
+        split=lambda v: (Value(v.a[..., 0]), Value(v.a[..., 1])),
+        load=load,
+        store=store,
+        inline_asm_elementwise=inline_assembly,
+        program_id=lambda axis: Value(machine.program),
+        num_programs=lambda axis: Value(machine.grid),
+        allocate_shared_memory=machine.allocate,
+        warp_specialize=machine.partitions,
+        shared_memory_descriptor=type("descriptor", (), {"reinterpret": reinterpret}),
+        barrier=anything,
+        **{n: n for n in ("int32", "int64")},
+        **{"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"},
+        **dict.fromkeys(LAYOUTS, anything),
+    )
+    hopper = SimpleNamespace(
+        fence_async_shared=anything,
+        mbarrier=SimpleNamespace(
+            MBarrierLayout=anything,
+            init=lambda barrier, count: barrier.init(count),
+            wait=machine.wait,
+            arrive=machine.arrive,
+            expect=machine.expect,
+        ),
+        tma=SimpleNamespace(async_load=machine.async_load),
+        warpgroup_mma=machine.multiply,
+        warpgroup_mma_wait=machine.multiply_wait,
+    )
+    language = SimpleNamespace(nvidia=SimpleNamespace(hopper=hopper), **vars(gl))
+    gluon = SimpleNamespace(jit=decorator, language=language)
+    triton = SimpleNamespace(
+        __version__="3.9.0",
+        jit=decorator,
+        constexpr_function=decorator,
+        language=SimpleNamespace(constexpr=None),
+        experimental=SimpleNamespace(gluon=gluon),
+    )
+
+    def imported(name, scope=None, local=None, wanted=(), level=0):
+        if level or name.split(".")[0] != "triton":
+            return builtins.__import__(name, scope, local, wanted, level)
+        found = triton
+        for part in name.split(".")[1:] if wanted else ():
+            found = getattr(found, part)
+        return found
+
+    def counted(*bounds):
+        return (Value(i) for i in builtins.range(*map(int, bounds)))
+
+    path = Path(real.__file__)
+    text = path.read_text()
+    if change:
+        assert change[0] in text
+        text = text.replace(*change)
+    scope = {
+        "__name__": real.__name__,
+        "__package__": real.__package__,
+        "__builtins__": {**vars(builtins), "__import__": imported, "range": counted},
+    }
+    exec(compile(text, str(path), "exec"), scope)
+
+    def rows(ring, row, count, p):
+        row, flat = int(row), ring.array.reshape(-1, p.kb)
+        assert row % count == 0 and row + count <= len(flat)
+        return Shared(flat[row : row + count])
+
+    def view(ring, stage, shift, p):
+        begin, flat = int(stage) * p.pitch + shift, ring.array.reshape(-1, p.kb)
+        assert begin >= 0 and begin + p.pixels <= len(flat)
+        # The last pixels may be the next stage's, of which nothing is stored.
+        return Shared(flat[begin : begin + p.pixels].T, own=(int(stage) + 1) * p.pitch - begin)
+
+    scope |= {"_rows": rows, "_view": view}
+    return scope
+
+
+class Emulated(Record):
+    """A Record of which the shift kernel runs here; the others run in Triton's interpreter."""
+
+    def __init__(self, *tensors, seed=0, change=None):
+        super().__init__(*tensors)
+        self.seed, self.change = seed, change
+
+    def launch(self, kernel, grid, *args, **constants):
+        if kernel is not real.shift:
+            return super().launch(kernel, grid, *args, **constants)
+        memories: dict = {}
+
+        def ready(value):
+            if isinstance(value, Described):
+                return Descriptor(ready(value.base), value.facts)
+            if isinstance(value, torch.Tensor):
+                return memories.setdefault(id(value), Memory(value))
+            return Value(int(value))
+
+        *values, tile = args
+        values = [ready(value) for value in values]
+        for program in range(grid):
+            machine = Machine(program, grid, tile.size, f"{self.seed} {program}")
+            namespace(machine, self.change)["shift"](*values, tile)
+        memories[id(args[3])].finish()

@@ -1,0 +1,100 @@
+"""The shift kernel's own code, run on the CPU by tests/machine.py, on a GPU's behalf."""
+
+import random
+
+import pytest
+import torch
+from machine import Emulated
+from oracle import ATEN, round_tf32
+from test_shift import GEOMETRIES
+
+from tconv import launch, shift
+from tconv.configs import Target
+from tconv.dispatch import Plan
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for that")
+
+DTYPES = {"tf32": torch.float32, "tf32x3": torch.float32, "bf16": torch.bfloat16}
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@pytest.fixture(autouse=True)
+def few_processors(monkeypatch):
+    """So that each CTA has several tiles."""
+    monkeypatch.setattr(launch, "target_of", lambda device: Target("interpreter", 0, 2))
+
+
+def kinds(g, dtype, c_in, c_out, columns):
+    """By kind, all tiles of a layer: (tile, whether the input is channels_last, the output)."""
+    found: dict = {}
+    by_copy = "bulk" if dtype == "bf16" else "staged"
+    for source, how in (("width", "threads"), ("width", "staged"), ("channels", by_copy), ("channels", "threads")):
+        for destination in ("width", "channels"):
+            if g.ndim == 1 and "channels" in (source, destination):
+                continue
+            for each in shift.candidates(g.axes3, dtype, columns, c_in, c_out, how, 1):
+                tile = shift.make(g.axes3, dtype, c_in, *each, source, destination, 1, 1, g.ndim == 3)
+                if tile:
+                    kind = source, how, destination, tile.work, tile.all_phases, tile.resident, tile.fold.phases
+                    found.setdefault(kind, []).append((tile, source == "channels", destination == "channels"))
+    return found
+
+
+def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None):
+    """The layer's output with this tile, and what it should be."""
+    torch.manual_seed(seed)
+    size = {1: (41,), 2: (7, 9), 3: (3, 5, 6)}[g.ndim]
+    x, w, bias = torch.randn(2, c_in, *size), torch.randn(c_in, c_out, *g.kernel), torch.randn(c_out)
+    x, w, bias = (t.to(DTYPES[dtype]) for t in (x, w, bias))
+    y = torch.full((2, c_out, *g.output_size(size)), torch.nan, dtype=x.dtype)
+    x = x.contiguous(memory_format=LAST[g.ndim]) if source_last else x
+    y = y.contiguous(memory_format=LAST[g.ndim]) if destination_last else y
+    precision = "half" if dtype == "bf16" else dtype
+    noted = Emulated(x, w, bias, y, seed=seed, change=change)
+    launch.forward_shift(noted, Plan("shift", "", precision, tile), x, w, bias, y, g)
+    if dtype == "tf32":
+        x, w = round_tf32(x), round_tf32(w)
+    options = dict(stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation)
+    return y, ATEN[g.ndim](x.double(), w.double(), bias.double(), **options)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_makes_the_convolution(name, dtype):
+    """Two tiles of kinds drawn from those of the layer: several tiles a CTA, blocks of channels and channel tiles."""
+    draw = random.Random(f"{name} {dtype}")
+    g = GEOMETRIES[name]
+    c_in = 80 if dtype == "bf16" else 48
+    found = kinds(g, dtype, c_in, 80, 12)
+    for kind in draw.sample(sorted(found, key=repr), min(2, len(found))):
+        smallest = min(tile.of_tile for tile, *_ in found[kind])
+        tile, *last = draw.choice([each for each in found[kind] if each[0].of_tile == smallest])
+        # channels_last is known to have multiples of 16 channels.
+        c_out = draw.choice((16, 80) if last[1] else (5, 70))
+        y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=draw.randrange(1000))
+        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]  # of fp32's rounding of the result, or bf16's
+        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+
+
+CHANGES = {
+    "a stage is free for its second reader": ('READERS: gl.constexpr = 2 if p.work == "halves" else 1', "READERS: gl.constexpr = 1"),
+    "nobody waits for a free stage": ("mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)", "pass"),
+    "weights are not waited for": ("mbarrier.wait(w_full.index(slot), j // p.slots & 1)", "pass"),
+    "a slot is freed before its product is done": ("acc0, acc1 = _wait(acc0, acc1, 1, p)", "pass"),
+    "a stage is never freed": ("mbarrier.arrive(x_empty.index(s), count=1)\n", "pass\n"),
+    "the input is not rounded": ("to.store(_round(v))", "to.store(v)"),
+    "columns beyond the useful ones are stored": ("ok & (column < p.useful * p.joined) & (h < h_out)", "ok & (h < h_out)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_gpu_would_punish_is_found(name):
+    """Each of these changes to the kernel, in one of a few orders of events."""
+    g = GEOMETRIES["k4s2p1"]
+    found = kinds(g, "tf32", 70, 5, 12)
+    tile, *last = found["width", "threads", "width", "halves", False, False, 1][0]
+    run(g, "tf32", tile, *last, 70, 5, seed=0)
+    with pytest.raises(AssertionError):
+        for seed in range(5):
+            y, exact = run(g, "tf32", tile, *last, 70, 5, seed, CHANGES[name])
+            assert (y.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
