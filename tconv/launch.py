@@ -327,7 +327,7 @@ def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) ->
     noted.launch(
         kernel, kd * kh * cdiv(height, fold.phases) * cdiv(width, block_c),
         weight, packed, c_in, c_out, kh, kw, *strides5(weight), axis.stride, axis.padding, axis.dilation,
-        low0, count0, low1, count1,
+        low0, count0, low1, count1, fold.many[0],
         PHASES=fold.phases,
         PARTS=parts,
         BLOCK_K=tile.kb,

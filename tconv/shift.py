@@ -30,14 +30,17 @@ MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
 
 @dataclass(frozen=True)
 class Fold:
-    """How the phases along the width share accumulators: phase b is row b % phases of each channel in accumulator
-    b // phases.  With one phase an accumulator its taps are the weight's own; with more, an accumulator has a block of
-    weights for each input offset that its phases read, which must be the same for all of them."""
+    """How the phases along the width share accumulators: those from first[g] on, many[g] of them, are accumulator g's,
+    each a row of a channel's `phases` rows.  With one phase an accumulator its taps are the weight's own; with more, an
+    accumulator has a block of weights for each input offset that its phases read, which must be the same for all."""
 
-    phases: int  # of an accumulator, a power of two
+    phases: int  # rows of a channel in an accumulator, a power of two
     accumulators: int  # 1 or 2
+    first: tuple[int, ...]
+    many: tuple[int, ...]
     low: tuple[int, ...]  # of each accumulator, the first input offset and how many follow, where phases > 1
     count: tuple[int, ...]
+    exact: bool  # whether all phases of an accumulator read all its offsets
 
     @property
     def channels(self) -> int:
@@ -48,15 +51,31 @@ class Fold:
     def joined(self) -> int:
         return self.phases * self.accumulators
 
+    def of(self, phase: int) -> tuple[int, int]:
+        """A phase's accumulator and row."""
+        g = self.accumulators - 1 if phase >= self.first[-1] else 0
+        return g, phase - self.first[g]
+
 
 def fold(width: Axis, phases: int, accumulators: int) -> Fold:
-    """The Fold of an axis; phases * accumulators must be at least its stride."""
-    low, count = [], []
-    for first in range(0, phases * accumulators, phases):
-        offsets = [d for b in range(first, min(first + phases, width.stride)) for _, d in width.taps(b)]
+    """The Fold of an axis; phases * accumulators must be at least its stride.  Two accumulators part where each can be
+    exact, if there is such a place: of k = 2 s, where the offsets change (stride - padding, in the easiest case)."""
+    if accumulators == 1:
+        return _parted(width, phases, (0,), (width.stride,))
+    places = range(min(phases, width.stride), width.stride - min(phases, width.stride) - 1, -1)
+    parted = [_parted(width, phases, (0, n), (n, width.stride - n)) for n in places]
+    return next((each for each in parted if each.exact), parted[0])
+
+
+def _parted(width: Axis, phases: int, first: tuple[int, ...], many: tuple[int, ...]) -> Fold:
+    low, count, exact = [], [], True
+    for a, n in zip(first, many):
+        read = [[d for _, d in width.taps(b)] for b in range(a, a + n)]
+        offsets = {d for each in read for d in each}
         low.append(min(offsets, default=0))
         count.append(max(offsets) - low[-1] + 1 if offsets else 0)
-    return Fold(phases, accumulators, tuple(low), tuple(count))
+        exact = exact and all(set(each) == offsets and len(each) == count[-1] for each in read)
+    return Fold(phases, len(first), first, many, tuple(low), tuple(count), exact)
 
 
 def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
@@ -66,7 +85,10 @@ def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
     if width.stride == 2:  # folded, few output channels fill an accumulator's rows
         return [(1, 2), (2, 1)] if c_out <= M // 2 else [(1, 2)]
     whole = power_of_two(width.stride, 4, MOST_WIDTH_PHASES)
-    return [(whole // 2, 2)] + [(whole, 1)] * (whole <= 8)
+    halves = (whole // 2, 2)
+    if whole < MOST_WIDTH_PHASES and not fold(width, *halves).exact:
+        halves = whole, 2
+    return [halves] + [(whole, 1)] * (whole <= 8)
 
 
 HOW = {"bulk": "bulk copies", "staged": "bulk copies and threads", "threads": "threads"}
@@ -205,14 +227,12 @@ def make(
         blocks_w = width.kernel
     else:
         spans = [(g, low + i) for g, (low, n) in enumerate(zip(f.low, f.count)) for i in range(n)]
-        read = [{d for taps in by_w[g * f.phases : (g + 1) * f.phases] for _, d in taps} for g in range(f.accumulators)]
         across = [(g, e, d) for e, (g, d) in enumerate(spans)]
         blocks_w = len(spans)
         # Where a phase does not read what its neighbours in the accumulator read, a zero weight would meet that input,
         # and make an infinity in it a NaN in an output that it does not reach.
-        for b, own in enumerate(by_w):
-            if {d for _, d in own} != read[b // f.phases] or len(own) != f.count[b // f.phases]:
-                return None
+        if not f.exact:
+            return None
     columns = [d for _, _, d in across]
     low_w, high_w = min(columns, default=0), max(columns, default=0)
     staged = how == "staged"

@@ -68,6 +68,8 @@ LAYERS = {
     "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),
     "volume-groups-fp32": (layer(32, 32, 3, (16, 32, 32), 8, stride=2, groups=4), FP32, FIRST, True),
     "vocoder-fp16": (layer(512, 256, 16, (32,), 16, stride=8, padding=4), FP16, FIRST, True),
+    "codec-fp16": (layer(384, 192, 6, (9800,), 1, stride=3, padding=2, output_padding=1), FP16, FIRST, True),
+    "uneven-tf32-nhwc": (layer(64, 64, 6, (75, 60), 16, stride=3, padding=2), FP32, LAST, True),
     "depthwise-bf16-nhwc": (layer(256, 256, 3, (56, 56), 32, stride=2, padding=1, groups=256), BF16, LAST, True),
     "depthwise-fp32-nchw": (layer(256, 256, 3, (56, 56), 32, stride=2, padding=1, groups=256), FP32, FIRST, True),
     "large-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2), BF16, LAST, True),

@@ -41,10 +41,10 @@ def blocks_of(tile: shift.Shift, g: Geometry, w):
             continue
         for accumulator, offset in spans:
             block = torch.zeros(w.shape[1], f.phases, w.shape[0], dtype=w.dtype)
-            for b in range(accumulator * f.phases, min((accumulator + 1) * f.phases, width.stride)):
-                for kw, d in width.taps(b):
+            for row in range(f.many[accumulator]):
+                for kw, d in width.taps(f.first[accumulator] + row):
                     if d == offset:
-                        block[:, b % f.phases] = w[:, :, kd, kh, kw].T
+                        block[:, row] = w[:, :, kd, kh, kw].T
             found.append(block.flatten(0, 1))
     return found
 
@@ -109,8 +109,8 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                     ow = (tile_w * tile.useful + column) * tile.stride_w + b
                     if ow < output[2]:
                         acc = sums.get(a)
-                        rows = slice(b % f.phases, None, f.phases)
-                        y[n, :, od, oh, ow] = 0 if acc is None else acc[b // f.phases, rows, p]
+                        accumulator, first = f.of(b)
+                        y[n, :, od, oh, ow] = 0 if acc is None else acc[accumulator, first :: f.phases, p]
                         written[n, :, od, oh, ow] += 1
     assert (written == 1).all(), "every output is written once"
     return y.reshape(shape)
@@ -135,6 +135,9 @@ GEOMETRIES = {
     "1d_k4s2": geometry(1, 4, 2, 1),
     "1d_k16s8": geometry(1, 16, 8, 4),
     "1d_k14s7": geometry(1, 14, 7, 0, 1),
+    "1d_k14s7p4": geometry(1, 14, 7, 4, 1),
+    "1d_k12s6p1": geometry(1, 12, 6, 1),
+    "k6s3p2": geometry(2, 6, 3, 2, 1),
     "3d_k3s2p1op1": geometry(3, 3, 2, 1, 1),
     "3d_k1x3x3": geometry(3, (1, 3, 3), (1, 2, 1), (0, 1, 1)),
     "3d_k3x7x5s2x2x1": geometry(3, (3, 7, 5), (2, 2, 1), (1, 3, 2), (1, 0, 0)),
@@ -190,7 +193,11 @@ def test_folded_phases_read_the_same_inputs():
         (1, 16, 8, 4, True),
         (1, 8, 4, 2, True),
         (1, 6, 3, 0, True),
-        (1, 6, 3, 2, False),
+        (1, 6, 3, 2, True),
+        (1, 14, 7, 4, True),
+        (1, 12, 6, 1, True),
+        (1, 20, 10, 1, False),
+        (1, 7, 3, 2, False),
     ):
         axes = geometry(ndim, kernel, stride, padding).axes3
         candidates = list(shift.candidates(axes, "bf16", 400, 64, 64, "threads", 1))
@@ -199,7 +206,7 @@ def test_folded_phases_read_the_same_inputs():
 
 
 @pytest.mark.parametrize("dtype", ("tf32", "tf32x3"))
-@pytest.mark.parametrize("name", ("k5s5op2", "k6s3p3op2", "1d_k16s8", "1d_k14s7"))
+@pytest.mark.parametrize("name", ("k5s5op2", "k6s3p3op2", "1d_k16s8", "1d_k14s7", "1d_k14s7p4", "1d_k12s6p1", "k6s3p2"))
 def test_packed_weights_of_folded_phases(name, dtype, device):
     """The kernel that packs them against the definition, for several tiles of output channels and ragged ones."""
     g = GEOMETRIES[name]
@@ -332,6 +339,9 @@ CASES = (
     Case("s4x1", (16, 96, 40, 100), (96, 48, 8, 1), dict(stride=(4, 1))),
     Case("1d_k4s2", (8, 128, 6001), (128, 64, 4), dict(stride=2, padding=1)),
     Case("1d_k3", (6, 64, 16383), (64, 96, 3)),
+    Case("1d_k14s7", (4, 256, 1401), (256, 128, 14), dict(stride=7, padding=4, output_padding=1)),
+    Case("1d_k12s6", (16, 128, 3000), (128, 64, 12), dict(stride=6, padding=2)),
+    Case("k6s3", (16, 64, 60, 75), (64, 64, 6, 6), dict(stride=3, padding=2, output_padding=1)),
     Case("narrow", (400, 256, 7, 6), (256, 256, 4, 4), dict(stride=2, padding=1)),
     Case("k3_few", (40, 48, 60, 44), (48, 32, 3, 3), dict(stride=2, padding=1, output_padding=1)),
     Case("k5s5", (64, 64, 24, 40), (64, 64, 5, 5), dict(stride=5)),

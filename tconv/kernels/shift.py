@@ -513,6 +513,18 @@ def _where(row, q, phase_d, sizes, p: gl.constexpr):
 
 
 @gluon.jit
+def _phase_of(row, p: gl.constexpr):
+    """The phase along the width in a row of both accumulators' rows of a channel, and whether there is one."""
+    F: gl.constexpr = p.fold.phases
+    if p.fold.accumulators == 1:
+        return row, row < p.fold.many[0]
+    else:
+        second = row >= F
+        b = gl.where(second, row - F + p.fold.first[1], row)
+        return b, gl.where(second, row - F < p.fold.many[1], row < p.fold.many[0])
+
+
+@gluon.jit
 def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.constexpr, p: gl.constexpr):
     """Write a chunk [channels, pixels times joined phases] where neighbouring pixels are neighbours in memory."""
     c_out, h_out, w_out, y_c, y_h = sizes[13], sizes[14], sizes[15], sizes[17], sizes[18]
@@ -528,9 +540,10 @@ def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: g
     ok = ok & (column < p.useful * p.joined) & (h < h_out)
     if p.joined == p.stride_w:
         w = tile_w * (p.useful * p.joined) + column
-    else:  # phases beyond the stride are not there
-        w = (tile_w * p.useful + column // p.joined) * p.stride_w + column % p.joined
-        ok = ok & (column % p.joined < p.stride_w)
+    else:  # there are fewer phases than rows
+        b, there = _phase_of(column % p.joined, p)
+        w = (tile_w * p.useful + column // p.joined) * p.stride_w + b
+        ok = ok & there
     ok = ok & (w < w_out)
     gl.store(y + (c * y_c)[:, None] + (offset + h * y_h + w)[None, :], v, mask=(c < c_out)[:, None] & ok[None, :])
 
@@ -556,11 +569,10 @@ def _store_channels(
     offset, q, ok = _where(row, flat // F // p.box, phase_d, sizes, p)
     h = q * p.height.stride + phase
     column = flat // F % p.box
-    b = G * F + flat % F
-    w = (tile_w * p.useful + column) * p.stride_w + b
+    w = (tile_w * p.useful + column) * p.stride_w + p.fold.first[G] + flat % F
     ok = ok & (column < p.useful) & (h < h_out) & (w < w_out)
-    if p.fold.joined != p.stride_w:
-        ok = ok & (b < p.stride_w)
+    if p.fold.many[G] < F:
+        ok = ok & (flat % F < p.fold.many[G])
     gl.store(y + (offset + h * y_h + w * y_w)[:, None] + c[None, :], v, mask=ok[:, None] & (c < c_out)[None, :])
 
 
@@ -882,11 +894,13 @@ def shift(
 
 
 @triton.jit(
-    do_not_specialize=("c_in c_out kh kw w_i w_o w_d w_h w_w stride padding dilation low0 count0 low1 count1").split()
+    do_not_specialize=(
+        "c_in c_out kh kw w_i w_o w_d w_h w_w stride padding dilation low0 count0 low1 count1 many0"
+    ).split()
 )
 def pack_folded(
     weight, packed, c_in, c_out, kh, kw, w_i, w_o, w_d, w_h, w_w, stride, padding, dilation,
-    low0, count0, low1, count1,
+    low0, count0, low1, count1, many0,
     PHASES: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """packed[tap of depth and height, offset along the width, output channel and folded phase, input channel].
@@ -907,11 +921,12 @@ def pack_folded(
     e = j // PHASES  # an offset of the first accumulator, then those of the second
     second = e >= count0
     offset = tl.where(second, low1 + e - count0, low0 + e)
-    phase = tl.where(second, PHASES, 0) + j % PHASES
+    own = j % PHASES
+    phase = tl.where(second, many0, 0) + own
     # Output q * stride + phase reads input q + offset through tap k where dilation * k = phase + padding - stride * offset.
     reach = phase + padding - stride * offset
     k = reach // dilation
-    there = (reach >= 0) & (k * dilation == reach) & (k < kw) & (phase < stride)
+    there = (reach >= 0) & (k * dilation == reach) & (k < kw) & (own < tl.where(second, stride - many0, many0))
     c = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     present = tl.where(co < c_out, c_in, 0)
     at = co.to(tl.int64) * w_o + (tap // kh).to(tl.int64) * w_d + (tap % kh).to(tl.int64) * w_h + k.to(tl.int64) * w_w
