@@ -19,6 +19,8 @@ M = 64  # rows of an accumulator: output channels, times the phases along the wi
 # The releases whose Gluon the kernel compiles with; it has run under the first.
 TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
+MOST_IEEE_TAPS = 25  # along height and width, in IEEE fp32: cuDNN's algorithms for larger kernels add less often
+MOST_ADDITIONS = 144  # in IEEE fp32, of sums of 16 channels; of 32 channels they are half as many
 MOST_WIDTH = 32  # taps along the width, which are always unrolled
 MOST_STRIDE = 256  # along the height: the phases are looked through for each tile that is tried
 LONG = 9  # taps along height and width, from which on half the code is worth having
@@ -419,9 +421,10 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
         boxes.add(exact)
     if how == "staged" and (exact := cdiv(columns_out + halo + 16 // size, 16) * 16) <= 256:
         boxes.add(exact)
-    # Rows of 128 bytes; in two parts, of 64 so that as many pixels fit.
+    # Rows of 128 bytes; in two parts also of 64, so that as many pixels fit.
     wide = power_of_two(c_in, 16, 128 // size)
-    depths = sorted({wide, 16}) if dtype == "tf32x3" else [wide]
+    additions = cdiv(c_in, 16) * prod(cdiv(axis.kernel, axis.stride) for axis in axes)
+    depths = sorted({wide, 16}) if dtype == "tf32x3" and additions <= MOST_ADDITIONS else [wide]
     code = height.kernel * width.kernel * (2 if dtype == "tf32x3" else 1)
     by_row = code > MOST_TAPS or height.stride > MOST_PHASES
     # Without strides a tile stores once after many taps, and little is lost where nobody stores while others multiply.
@@ -460,8 +463,8 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
         (geometry.groups > 1, "the shift kernel has no groups yet"),
         (precision not in ("half", "tf32", "tf32x3"), f"the shift kernel has no {precision} yet"),
         (
-            precision == "tf32x3" and height.kernel * width.kernel > MOST_TAPS,
-            f"in IEEE fp32 the shift kernel has up to {MOST_TAPS} taps along height and width: beyond, torch's largest error "
+            precision == "tf32x3" and height.kernel * width.kernel > MOST_IEEE_TAPS,
+            f"in IEEE fp32 the shift kernel has up to {MOST_IEEE_TAPS} taps along height and width: beyond, torch's largest error "
             "can be smaller",
         ),
         (

@@ -1,6 +1,5 @@
 """The benchmark's arithmetic, its command line and its processes; what it measures is for a GPU to say."""
 
-import io
 import itertools
 import json
 import math
@@ -540,6 +539,8 @@ elif mode == "first":
 else:
     processes = [about for what, about, _ in map(json.loads, open("log")) if what == "process"]
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu == "dead":
+        sys.exit(3)
     begun = not request["head"]
     if begun:
         time.sleep(0.5)
@@ -644,8 +645,8 @@ def test_out_of_memory_is_ignored_in_preparation(monkeypatch):
     monkeypatch.setattr(worker, "Task", task)
     monkeypatch.setattr(worker, "_first_of", lambda *what: called.append(what))
     asked = [{"id": i, "suite": "core", "name": "L2/91", "passes": ["training"]} for i in ("large", "small")]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps([task]) + "\n" for task in asked)))
-    worker.compile_kernels({}, lambda **message: said.append(message))
+    told = [json.dumps([task]) for task in asked]
+    worker.compile_kernels({}, told, lambda **message: said.append(message))
     assert said == [{"free": 5}, {"end": "large"}, {"end": "small"}] and called == [("tconv", "small", "training")]
 
 
@@ -669,13 +670,24 @@ def test_gpus_share_the_cases(prepare, monkeypatch):
     assert sorted(map(int, where)) == sorted(channels) and all(len(found) == 2 for found in where.values())
     assert all(a == b for c, ((a, _), (b, _)) in where.items() if c != "40")
     assert {gpu for found in where.values() for gpu, _ in found} == {"5", "3"}
-    assert where["1"] == [["5", True]] * 2 and sum(begun for found in where.values() for _, begun in found) >= 2
+    assert where["1"] == [["5", True]] * 2
     assert {gpu for found in where.values() for gpu, begun in found if begun} == {"5"}
 
 
-def test_more_gpus_than_there_are(capsys, no_gpu):
+def test_a_gpu_that_starts_no_process_leaves_its_cases_to_the_others(prepare, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,dead")
+    log, _ = prepare([1, 2, 4, 6], compilers=0, first_calls=0, gpus=2)
+    assert sorted(channels_of(log, "measured")) == [1, 2, 4, 6]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "dead")
+    with pytest.raises(Refused, match="did not start: exit status 3"):
+        prepare([1, 2], compilers=0, first_calls=0)
+
+
+def test_gpus_that_cannot_be_had(capsys, no_gpu, monkeypatch):
     code, text = out_of(capsys, "--gpus", "1000", "--plain")
     assert code == 2 and "--gpus 1000: this machine has" in text
+    code, text = out_of(capsys, "--model", "mine:make", "--gpus", "2")
+    assert code == 2 and "--gpus 2: a model is measured on one GPU" in text
 
 
 def test_distinct_calls():

@@ -247,10 +247,11 @@ def test_tiles_fit(suite):
     """Every tile chosen for the suites fits the shared memory and has the stages without which the kernel would hang."""
     chosen = 0
     for layer in layers(suite):
-        for dtype, source in itertools.product((torch.float32, torch.bfloat16), ("width", "vectors")):
+        dtypes = (torch.float32, True), (torch.float32, False), (torch.bfloat16, True)
+        for (dtype, tf32), source in itertools.product(dtypes, ("width", "vectors")):
             shape = layer.input_shape
             sizes = layer.geometry, shape[0], shape[1], layer.out_channels, shape[2:]
-            problem = Problem("forward", *sizes, dtype, True, source, source, 16 if source == "vectors" else 1)
+            problem = Problem("forward", *sizes, dtype, tf32, source, source, 16 if source == "vectors" else 1)
             tile = plan(problem, TARGET).config
             if not isinstance(tile, shift.Shift):
                 continue
@@ -258,7 +259,7 @@ def test_tiles_fit(suite):
             blocks = -(-layer.in_channels // tile.kb)
             axes = (tile.depth, tile.height) if tile.by_row else (tile.depth,)
             readings = prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in axes)
-            rows = tile.ring + tile.slots * shift.M
+            rows = tile.ring + tile.slots * tile.parts * shift.M
             buffers = (
                 tile.consumers * tile.fold.channels * tile.chunk * tile.joined + tile.staging * tile.bring * tile.kb
             )
@@ -315,7 +316,7 @@ class Case:
     def in_ieee(self):
         """Whether the shift kernel takes it in IEEE fp32."""
         _, height, width = self.geometry.axes3
-        return height.kernel * width.kernel <= shift.MOST_TAPS
+        return height.kernel * width.kernel <= shift.MOST_IEEE_TAPS
 
 
 CASES = (

@@ -154,6 +154,8 @@ def command_run(args) -> int:
 
 
 def _run_model(args) -> int:
+    if args.gpus != 1:
+        raise Refused(f"--gpus {args.gpus}: a model is measured on one GPU")
     if not _has_gpu():
         from .model import describe_model
 

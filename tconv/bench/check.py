@@ -116,6 +116,8 @@ def terms(name: str, layer) -> int:
     batch, _, *size = layer.input_shape
     taps = prod(layer.geometry.kernel)
     inner = {"forward": layer.in_channels, "backward_input": layer.out_channels}
+    if name == "backward_bias":
+        size = layer.output_shape[2:]
     return batch * prod(size) if name not in inner else inner[name] * taps // layer.geometry.groups
 
 

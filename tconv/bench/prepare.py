@@ -58,7 +58,7 @@ def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any
     progress.line(f"preparing {total} cases in up to {settings.compilers} processes")
     try:
         while waiting or helpers:
-            _give(waiting, helpers, room, settings)
+            _give(waiting, helpers, room, settings)  # before it has told the room, the first process has a task
             for helper in list(helpers):
                 note = f"no result after {settings.timeout:.0f} s"
                 try:
@@ -104,6 +104,6 @@ def _give(waiting: list[dict], helpers: list[Helper], room: int, settings: Setti
             idle.give(task, settings.timeout if room else max(settings.timeout, 300.0))
             waiting.remove(task)
     if not waiting:
-        for helper in helpers:
-            if not helper.task:
-                helper.worker.close()
+        for helper in [each for each in helpers if not each.task]:
+            helper.worker.stop()
+            helpers.remove(helper)

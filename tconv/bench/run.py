@@ -83,6 +83,7 @@ class Lane:
     current: dict | None = None  # begun, not ended
     rows: list[dict] = field(default_factory=list)  # of the current task
     deadline: float = 0.0  # of the next message
+    refused: str = ""  # why no process of it starts: it is left out then
 
 
 def measure(settings: Settings, store: Store, progress: Any, pending: list[dict]) -> None:
@@ -91,11 +92,14 @@ def measure(settings: Settings, store: Store, progress: Any, pending: list[dict]
     lanes = [Lane(env) for env in _devices(settings)]
     try:
         while waiting or any(lane.worker for lane in lanes):
-            for lane in lanes:
+            if all(lane.refused for lane in lanes):
+                raise Refused(lanes[0].refused)
+            for lane in (each for each in lanes if not each.refused):
                 # The first process of a run measures the roofs; until they are known it is alone.
                 if waiting and not lane.worker and (store.head or not any(other.worker for other in lanes)):
                     request = {"gpu": settings.gpu, "head": store.head, "same": SAME, **settings.kept()}
                     lane.worker, lane.handed = Worker(request, open=True, **lane.env), 0
+                    # Before its first message a process starts, and the first of a run measures the roofs.
                     lane.deadline = time.monotonic() + max(settings.timeout, 300.0)
                     _hand(lane, waiting, settings)
                 elif lane.worker:
@@ -132,7 +136,6 @@ def _listen(lane: Lane, waiting: list[list[dict]], settings: Settings, store: St
     failed = ""
     try:
         while message := lane.worker.next(0):
-            # Before its first task a process starts, and the first of a run measures the roofs.
             lane.deadline = time.monotonic() + settings.timeout
             if "refused" in message:
                 raise Refused(message["refused"])
@@ -165,7 +168,8 @@ def _listen(lane: Lane, waiting: list[list[dict]], settings: Settings, store: St
         store.take({"end": lost["id"]})
         progress.line(f"{describe(lost)}: {failed or 'crashed'}, {note}")
     elif len(lane.tasks) == lane.handed:
-        raise Refused(f"the measuring process did not start: {failed or worker.last_words()}")
+        lane.refused = f"the measuring process did not start: {failed or worker.last_words()}"
+        progress.line(lane.refused)
     if lane.tasks:
         waiting.insert(0, lane.tasks)
         lane.tasks = []

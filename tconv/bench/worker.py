@@ -1,6 +1,7 @@
 """The process that checks and measures cases, or one model: JSON lines on standard input and output.
 
-The first line is the request; to measure cases, or to compile beforehand, each line after it is a list of tasks.  A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
+The first line is the request; to measure cases, or to compile beforehand, each line after it is a list of tasks.
+A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
 before measuring {"free": bytes} and {"end": id}.
 A case that kills the process costs itself alone: `run` starts another for the rest.  A task is one case at one
 precision in one memory format.
@@ -11,9 +12,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -25,16 +25,16 @@ from .task import SPENT, Task, Truth, failure, run_task, spent
 from .terminal import Refused
 
 
-def tasks_told() -> Iterator[dict]:
-    """The tasks of each further line of standard input, until there is none."""
-    for line in sys.stdin:
+def tasks_told(channel: Iterable[str]) -> Iterator[dict]:
+    """The tasks of each further line, until there is none."""
+    for line in channel:
         yield from json.loads(line)
 
 
-def compile_kernels(request: dict, say) -> None:
+def compile_kernels(request: dict, told: Iterable[str], say) -> None:
     """Call tconv once for every pass of every task, so that its kernels lie in Triton's cache on disk."""
     say(free=measure.free_bytes())
-    for asked in tasks_told():
+    for asked in tasks_told(told):
         try:
             task = Task(request, asked, Truth(cases.find(asked["suite"], asked["name"]), "fp32", "cuda"))
             for pass_name in asked["passes"]:
@@ -71,11 +71,13 @@ def main() -> None:
     def say(**message):
         channel.write(json.dumps(message) + "\n")
 
-    request = json.loads(sys.stdin.readline())
+    told = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a provider starts must not read the tasks
+    request = json.loads(told.readline())
     mode = request.get("mode", "measure")
     if mode == "compile":
         os.setpgrp()  # so that whoever stops this process stops the compiler that it waits for, too
-        compile_kernels(request, say)
+        compile_kernels(request, told, say)
     elif mode == "first":
         say(first=first_calls(request))
     elif mode == "model":
@@ -100,7 +102,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # each capture of a CUDA graph collects garbage, which need not go over all modules every time
         kept: dict = {}
-        for task in tasks_told():
+        for task in tasks_told(told):
             say(begin=task["id"])
             run_task(request, task, say, kept)
             say(end=task["id"])
