@@ -53,11 +53,6 @@ class Fold:
     def joined(self) -> int:
         return self.phases * self.accumulators
 
-    def of(self, phase: int) -> tuple[int, int]:
-        """A phase's accumulator and row."""
-        g = self.accumulators - 1 if phase >= self.first[-1] else 0
-        return g, phase - self.first[g]
-
 
 def fold(width: Axis, phases: int, accumulators: int) -> Fold:
     """The Fold of an axis; phases * accumulators must be at least its stride.  Two accumulators part where each can be
@@ -267,7 +262,7 @@ def make(
     if dst_layout == "channels" and f.channels * size < 32:
         return None  # the least that a buffer's swizzle takes
     block = M * kb * size
-    everything = depth.kernel * height.kernel * blocks_w
+    whole = depth.kernel * height.kernel * blocks_w
     parts = 2 if dtype == "tf32x3" else 1
     # Blocks of one tile.
     read_in = cdiv(c_in, kb) * prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in looped)
@@ -298,13 +293,13 @@ def make(
     # All phases release a tile's blocks with the last of them, and with a tile each, blocks of two tiles are under way:
     # stages for two tiles, or for one block more, without which the ring would stand still.
     held = all_phases and (height.stride > 1 or work == "tiles")
-    wanted = (2 * read_in, read_in + 1)[: 1 if in_turn else 2] if held else (2,)
+    wanted = (2,) if not held else (2 * read_in,) if in_turn else (2 * read_in, read_in + 1)
     # All weights stay in shared memory where they fit.
     for least, resident, chunk in product(wanted, (True, False), (most, most // 2)):
         if (resident and not all_phases) or (not resident and work == "tiles"):
             continue  # a tile a phase streams its weights, a tile each does not
         buffers = (2 * M * chunk * buffered + staging * bring * kb) * size
-        slots = everything * cdiv(c_in, kb)
+        slots = whole * cdiv(c_in, kb)
         if not resident:
             slots = (8 if buffers + slack + least * stage + 8 * block <= SHARED else 4) // parts
         stages = (SHARED - buffers - slack - slots * parts * block) // stage
@@ -324,7 +319,7 @@ def make(
     else:
         registers = 184, 120
     return Shift(
-        taps, blocks_w, everything, parts, low, low_w, depth, volume, height, by_row, alike, width.stride, f,
+        taps, blocks_w, whole, parts, low, low_w, depth, volume, height, by_row, alike, width.stride, f,
         rows, halo_rows, box, useful, of_consumer, work, size, dtype, kb, stages, part,
         pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
         src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,

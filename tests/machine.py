@@ -13,6 +13,7 @@ what a fence is for, only a GPU can tell.
 import builtins
 import random
 import threading
+from functools import cache
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,8 +322,18 @@ def inline_assembly(text, constraints, args, dtype, is_pure, pack):
     return Value(round_tf32(torch.from_numpy(v.a.copy()).float()).double().numpy())
 
 
+@cache
+def code(change):
+    """The kernel's module, with one text in the place of another."""
+    text = Path(real.__file__).read_text()
+    if change:
+        assert change[0] in text
+        text = text.replace(*change)
+    return compile(text, real.__file__, "exec")
+
+
 def namespace(machine, change):
-    """The kernel's module with this machine in Gluon's place, and with one text in that of another."""
+    """That module with this machine in Gluon's place."""
 
     def decorator(*functions, **_):
         return functions[0] if functions else lambda function: function
@@ -390,17 +401,12 @@ def namespace(machine, change):
     def counted(*bounds):
         return (Value(i) for i in builtins.range(*map(int, bounds)))
 
-    path = Path(real.__file__)
-    text = path.read_text()
-    if change:
-        assert change[0] in text
-        text = text.replace(*change)
     scope = {
         "__name__": real.__name__,
         "__package__": real.__package__,
         "__builtins__": {**vars(builtins), "__import__": imported, "range": counted},
     }
-    exec(compile(text, str(path), "exec"), scope)
+    exec(code(change), scope)
 
     def rows(ring, row, count, p):
         row, flat = int(row), ring.array.reshape(-1, p.kb)

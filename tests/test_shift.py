@@ -109,8 +109,9 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                     ow = (tile_w * tile.useful + column) * tile.stride_w + b
                     if ow < output[2]:
                         acc = sums.get(a)
-                        accumulator, first = f.of(b)
-                        y[n, :, od, oh, ow] = 0 if acc is None else acc[accumulator, first :: f.phases, p]
+                        accumulator = f.accumulators - 1 if b >= f.first[-1] else 0
+                        rows = slice(b - f.first[accumulator], None, f.phases)
+                        y[n, :, od, oh, ow] = 0 if acc is None else acc[accumulator, rows, p]
                         written[n, :, od, oh, ow] += 1
     assert (written == 1).all(), "every output is written once"
     return y.reshape(shape)

@@ -88,21 +88,20 @@ def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any
 
 def _give(waiting: list[dict], helpers: list[Helper], room: int, settings: Settings) -> None:
     """Hand out what fits in `room`, largest first, to processes that are idle or new; end those that are of no use."""
-    for task in list(waiting):
-        # The first process tells how much memory is free; until then it is alone.
-        if helpers and not room:
-            return
-        free = room - sum(helper.bytes for helper in helpers)
+    while waiting and (room or not helpers):  # the first process tells how much is free; until then it is alone
         idle = next((helper for helper in helpers if not helper.task), None)
         if not idle and len(helpers) == settings.compilers:
             return
-        fits = task["bytes"] + (0 if idle else CONTEXT) <= free
-        if fits or not any(helper.task for helper in helpers):
-            if not idle:
-                idle = Helper(Worker({"mode": "compile", "gpu": True}, open=True))
-                helpers.append(idle)
-            idle.give(task, settings.timeout if room else max(settings.timeout, 300.0))
-            waiting.remove(task)
+        free = room - sum(helper.bytes for helper in helpers) - (0 if idle else CONTEXT)
+        alone = not any(helper.task for helper in helpers)
+        task = next((each for each in waiting if alone or each["bytes"] <= free), None)
+        if not task:
+            return
+        if not idle:
+            idle = Helper(Worker({"mode": "compile", "gpu": True}, open=True))
+            helpers.append(idle)
+        idle.give(task, settings.timeout if room else max(settings.timeout, 300.0))
+        waiting.remove(task)
     if not waiting:
         for helper in [each for each in helpers if not each.task]:
             helper.worker.stop()

@@ -160,6 +160,8 @@ def describe_head(head: dict) -> str:
     """The device and versions, and the roofs as they were measured."""
     keys = ("device", "driver", "torch", "triton", "cudnn", "commit", "date")
     text = ", ".join(f"{k} {head[k]}" if k != "device" else str(head[k]) for k in keys if head.get(k))
+    if head.get("gpus", 1) > 1:
+        text += f", {head['gpus']} GPUs shared the cases"
     roofs = head.get("roofs")
     if roofs:
         rates = ", ".join(f"{p} {v:.0f}" for p, v in roofs["matmul_tflops"].items())
