@@ -1,10 +1,31 @@
-"""aten's own transposed convolution and its gradients: what dispatch leaves to it, in one place."""
+"""aten's own transposed convolution and its gradients: what dispatch leaves to it, in one place.
+
+cuDNN is kept to its deterministic algorithms, whatever torch's flag says; which of them runs is chosen as torch's other
+flags have it, by measuring under torch.backends.cudnn.benchmark.
+"""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from .geometry import Geometry
+
+_flag = threading.Lock()  # or two threads could leave each other's value behind
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    with _flag:
+        before = torch.backends.cudnn.deterministic
+        torch._C._set_cudnn_deterministic(True)
+        try:
+            yield
+        finally:
+            torch._C._set_cudnn_deterministic(before)
 
 
 def backward_bias(grad_output) -> torch.Tensor:
@@ -12,33 +33,29 @@ def backward_bias(grad_output) -> torch.Tensor:
     return grad_output.sum((0, *range(2, grad_output.ndim)))
 
 
-def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
+def forward(input, weight, bias, _, geometry: Geometry) -> torch.Tensor:
     """aten's forward pass."""
-    return torch.ops.aten.convolution(
-        input,
-        weight,
-        bias,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        True,
-        geometry.output_padding,
-        geometry.groups,
-    )
+    with _deterministic():
+        return torch.ops.aten.convolution(input, weight, bias, *_layer(geometry))
 
 
-def backward(grad_output, input, weight, geometry: Geometry, index: int) -> torch.Tensor:
-    """aten's gradient of the input (index 0) or the weight (1); the other operand gives its shape alone."""
-    return torch.ops.aten.convolution_backward(
-        grad_output,
-        input,
-        weight,
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        True,
-        geometry.output_padding,
-        geometry.groups,
-        [index == 0, index == 1, False],
-    )[index]
+# aten's formula wants all operands of the layer: of the one that a gradient does not depend on, it reads size and
+# memory format.  empty() makes a tensor like the result.
+
+
+def backward_input(grad_output, weight, empty, geometry: Geometry) -> torch.Tensor:
+    """aten's grad_input."""
+    with _deterministic():
+        mask = [True, False, False]
+        return torch.ops.aten.convolution_backward(grad_output, empty(), weight, None, *_layer(geometry), mask)[0]
+
+
+def backward_weight(grad_output, input, empty, geometry: Geometry) -> torch.Tensor:
+    """aten's grad_weight."""
+    with _deterministic():
+        mask = [False, True, False]
+        return torch.ops.aten.convolution_backward(grad_output, input, empty(), None, *_layer(geometry), mask)[1]
+
+
+def _layer(g: Geometry) -> tuple:
+    return g.stride, g.padding, g.dilation, True, g.output_padding, g.groups

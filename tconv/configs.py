@@ -17,6 +17,7 @@ class Target:
     arch: int  # compute capability as 90 for 9.0, or the digits of gfx942; 0 where there is none
     processors: int  # multiprocessors
     triton: tuple[int, int] = (3, 6)  # major and minor version
+    without: tuple[str, ...] = ()  # the families that are not to be chosen
 
 
 @dataclass(frozen=True)

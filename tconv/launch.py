@@ -5,13 +5,14 @@ The kernels are imported at the first launch, so that tconv imports where Triton
 
 from __future__ import annotations
 
+from functools import partial
 from math import gcd, prod
 
 import torch
 
 from . import aten, record, shift
 from .configs import Config, cdiv, power_of_two
-from .dispatch import Plan, Problem, allow_tf32, plan, target_of, unsupported
+from .dispatch import Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry
 from .record import Described, Record, on_device
 
@@ -133,7 +134,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
 def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     """conv_transpose of a batched, checked input."""
     bias = None if bias is None else bias.contiguous()
-    key = "forward", geometry, allow_tf32(), record.facts(input, weight, bias)
+    key = "forward", geometry, flags(), record.facts(input, weight, bias)
     if known := record.find(key):
         return known.again(input, weight, bias)
     c_out = weight.shape[1] * geometry.groups
@@ -145,7 +146,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     problem = make_problem("forward", geometry, input.shape, c_out, input, output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return output.copy_(aten.forward(input, weight, bias, geometry))
+        return noted.leave(key, partial(aten.forward, geometry=geometry))
     with on_device(input):
         if chosen.family == "shift":
             forward_shift(noted, chosen, input, weight, bias, output, geometry)
@@ -156,7 +157,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
 
 def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch.Tensor:
     """grad_input, of spatial size `input_size`."""
-    key = "backward_input", geometry, allow_tf32(), record.facts(grad_output, weight), tuple(input_size)
+    key = "backward_input", geometry, flags(), record.facts(grad_output, weight), tuple(input_size)
     if known := record.find(key):
         return known.again(grad_output, weight)
     noted = Record(grad_output, weight)
@@ -169,7 +170,7 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     problem = make_problem("backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output, grad_input)
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
-        return grad_input.copy_(aten.backward(grad_output, grad_input, weight, geometry, 0))
+        return noted.leave(key, partial(aten.backward_input, geometry=geometry))
     with on_device(grad_output):
         gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return noted.keep(key)
@@ -177,7 +178,7 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
 
 def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     """grad_weight, of shape (in_channels, out_channels / groups, *kernel)."""
-    key = "backward_weight", geometry, allow_tf32(), record.facts(grad_output, input)
+    key = "backward_weight", geometry, flags(), record.facts(grad_output, input)
     if known := record.find(key):
         return known.again(grad_output, input)
     c_in, c_out, g = input.shape[1], grad_output.shape[1], geometry.groups
@@ -188,7 +189,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     problem = make_problem("backward_weight", geometry, input.shape, c_out, input, grad_output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return grad_weight.copy_(aten.backward(grad_output, input, grad_weight, geometry, 1))
+        return noted.leave(key, partial(aten.backward_weight, geometry=geometry))
 
     from .kernels.direct import weight_direct
     from .kernels.gemm import weight_gemm
@@ -221,16 +222,16 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     )
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
     with on_device(input):
-        partial = noted.workspace((chosen.splits, taps, columns), dtype, input)
+        partials = noted.workspace((chosen.splits, taps, columns), dtype, input)
         if chosen.family == "direct":
             grid = taps * cdiv(columns, config.block_n) * chosen.splits
-            noted.launch(weight_direct, grid, input, grad_output, partial, *scalars, **constants)
+            noted.launch(weight_direct, grid, input, grad_output, partials, *scalars, **constants)
         else:
             constants |= dict(PRECISION=chosen.precision, BLOCK_K=config.block_k)
             tiles = cdiv(c_in // g, config.block_m) * cdiv(c_out // g, config.block_n)
             grid = taps * tiles * g * chosen.splits
-            noted.launch(weight_gemm, grid, input, grad_output, partial, *scalars, **constants)
-        _sum_partials(noted, partial, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)
+            noted.launch(weight_gemm, grid, input, grad_output, partials, *scalars, **constants)
+        _sum_partials(noted, partials, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)
     return noted.keep(key)
 
 
@@ -256,12 +257,12 @@ def backward_bias(grad_output) -> torch.Tensor:
     programs = cdiv(channels, config.block_n)
     count, per_split = splits(tiles, programs, channels, config.block_m, target)
     with on_device(grad_output):
-        partial = noted.workspace((count, 1, channels), torch.float64, grad_output)
+        partials = noted.workspace((count, 1, channels), torch.float64, grad_output)
         noted.launch(
             sum_pixels,
             programs * count,
             grad_output,
-            partial,
+            partials,
             batch,
             channels,
             d,
@@ -276,7 +277,7 @@ def backward_bias(grad_output) -> torch.Tensor:
             BOX_W=config.box_w,
             num_warps=config.num_warps,
         )
-        _sum_partials(noted, partial, grad_bias, (1, 0, 0, 0, 0), 1, None)
+        _sum_partials(noted, partials, grad_bias, (1, 0, 0, 0, 0), 1, None)
     return noted.keep(key)
 
 
@@ -436,11 +437,11 @@ def gather(
     noted.launch(gather_gemm, grid, source, packed, bias, destination, *scalars, **constants)
 
 
-def _sum_partials(noted: Record, partial, grad, strides, c_out, axes) -> None:
+def _sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:
     from .kernels.reduce import sum_partials
 
-    splits, taps, columns = partial.shape
+    splits, taps, columns = partials.shape
     _, kh, kw = (a.kernel for a in axes) if axes else (1, 1, 1)
     block = 1024
     grid = cdiv(taps * columns, block)
-    noted.launch(sum_partials, grid, partial, grad, splits, taps, columns, c_out, kh, kw, *strides, BLOCK=block)
+    noted.launch(sum_partials, grid, partials, grad, splits, taps, columns, c_out, kh, kw, *strides, BLOCK=block)

@@ -8,6 +8,8 @@ keeps what came of it: what to allocate, and the compiled kernels with their arg
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -84,10 +86,17 @@ class Record:
         assert result is not None
         self._known = []
         if self._complete:
-            if len(_records) >= MOST_RECORDS:
-                forget()
-            _records[key] = self
+            _keep(key, self)
         return result
+
+    def leave(self, key: tuple, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Have `function` make the result, of the call's tensors and of what makes an uninitialised one like it, and
+        let `find` find that."""
+        *tensors, _ = self._known
+        self._known = []
+        left = Left(function, self._allocations[0])
+        _keep(key, left)
+        return left.again(*tensors)
 
     def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
         """Carry it out on other tensors; returns the result."""
@@ -104,9 +113,26 @@ class Record:
         return made[0]
 
 
+class Left(NamedTuple):
+    """A pass that another function than our kernels carries out."""
+
+    function: Callable[..., torch.Tensor]
+    allocation: dict[str, Any]
+
+    def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
+        made = self.function(*tensors, partial(torch.empty, **self.allocation))
+        return made.contiguous(memory_format=self.allocation["memory_format"])
+
+
 MOST_RECORDS = 4096  # then all are forgotten, so that ever new sizes do not fill the memory
-_records: dict[tuple, Record] = {}
+_records: dict[tuple, Record | Left] = {}
 find = _records.get
+
+
+def _keep(key: tuple, record: Record | Left) -> None:
+    if len(_records) >= MOST_RECORDS:
+        forget()
+    _records[key] = record
 
 
 def forget() -> None:

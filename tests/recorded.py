@@ -102,7 +102,7 @@ def compare(title, function, *args) -> bool:
 
 def main() -> int:
     driver.set_active(Driver())
-    target = Target("cuda", 90, 132, tuple(map(int, triton.__version__.split(".")[:2])))
+    target = Target("cuda", 90, 132, tuple(map(int, triton.__version__.split(".")[:2])), ("aten",))
     dispatch.target_of = launch.target_of = lambda device: target
     good = True
     for title, size, groups, dtype, last in (

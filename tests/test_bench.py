@@ -208,14 +208,14 @@ def row(case="a", provider="tconv", ms=1.0, **more):
 
 def test_speedups_and_summary():
     rows = [row("a", ms=1.0), row("a", "cudnn", 2.0), row("a", "cudnn-default", 3.0)]
-    rows += [row("b", ms=2.0), row("b", "cudnn", 1.0), row("b", "cudnn-nhwc", 0.1, rival=False)]
-    rows += [row("c", ms=1.0), row("c", "cudnn", 8.0), row("c", "mine", 4.0, status="wrong")]
+    rows += [row("b", ms=2.0, family="shift"), row("b", "cudnn", 1.0), row("b", "cudnn-nhwc", 0.1, rival=False)]
+    rows += [row("c", ms=1.0, family="shift,aten,gemm"), row("c", "cudnn", 8.0), row("c", "mine", 4.0, status="wrong")]
     rows += [row("d", ms=None, status="wrong", note="NaN"), row("d", "cudnn", 1.0)]
     rows += [row("a", "tconv-graph", 0.5, rival=False, graph=True), row("a", "cudnn-graph", 0.25, graph=True)]
     found = report.speedups(rows)
     assert [s.ratio for s in found] == [2.0, 0.5, 8.0]
     summary = report.summarise("all", found)
-    assert summary.count == 3 and summary.losses == 1
+    assert summary.count == 3 and summary.losses == summary.left == 1
     assert summary.geomean == pytest.approx(2.0)
     assert summary.worst.row["case"] == "b" and summary.worst.rival["provider"] == "cudnn"
     assert [s.ratio for s in report.speedups(rows, "tconv-graph")] == [0.5]
@@ -225,8 +225,8 @@ def test_speedups_and_summary():
         ["d forward tf32 contiguous", "tconv", "wrong", "NaN"],
     ]
     text = report.markdown({"head": {"device": "none"}, "rows": rows})
-    assert "| b forward tf32 | 2.0000 |" in text and "0.50x b forward tf32 (to cudnn)" in text
-    assert "slower than the best other provider in **1 of 3** cases" in text
+    assert "| b forward tf32 | shift | 2.0000 |" in text and "0.50x b forward tf32 (to cudnn)" in text
+    assert "slower than the best other provider in **1 of 3** cases, and leaves 1 to aten" in text
     assert math.isnan(report.geomean([]))
 
 
@@ -331,7 +331,7 @@ def test_list(capsys):
     "argv, message",
     (
         (["--suite", "zo"], "unknown suite 'zo', expected one of core, kernelbench, kernelbench-problems, zoo"),
-        (["--provider", "cudn"], "unknown provider 'cudn', expected one of tconv, cudnn,"),
+        (["--provider", "cudn"], "unknown provider 'cudn', expected one of tconv, tconv-portable, cudnn,"),
         (["--provider", "nowhere:f"], "provider 'nowhere:f' cannot be imported: ModuleNotFoundError"),
         (["--layer", "convtranspose2d"], "bad layer description"),
         (["--match", "("], "is not a regular expression"),

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import dispatch
+from ..explain import Explanation, explain
 from ..workloads import Layer
 from . import check
 
@@ -113,6 +115,29 @@ def tconv(work: Work):
     return _module_call(work, module, list(module.parameters()))
 
 
+def portable(work: Work):
+    """tconv with the kernels alone that every GPU runs."""
+    function = tconv(work)
+
+    def call():
+        with dispatch.without("shift", "aten"):
+            return function()
+
+    return call
+
+
+def families(name: str, work: Work) -> str:
+    """Which kernel family tconv, as a provider of this name, runs each pass of a layer with, joined by commas; of
+    other providers ""."""
+    if not name.startswith("tconv") or work.is_problem:
+        return ""
+    with dispatch.without(*(("shift", "aten") if name == "tconv-portable" else ())):
+        told = explain(work.input, work.weight, work.bias, **work.layer.options)
+    assert isinstance(told, Explanation)
+    asked = dispatch.PASSES if work.pass_name == "training" else (work.pass_name,)
+    return ",".join(p.plan.family for p in told.passes if p.name in asked)
+
+
 def cudnn(work: Work):
     if work.pass_name in ("forward", "training"):
         return _module_call(work, work.module, list(work.module.parameters()))
@@ -189,6 +214,7 @@ PROVIDERS = {
     p.name: p
     for p in (
         Provider("tconv", tconv, "tconv", rival=False, needs_gpu=False),
+        Provider("tconv-portable", portable, "tconv without the kernels for Hopper GPUs and without aten", rival=False),
         Provider("cudnn", cudnn, "torch (cuDNN), torch.backends.cudnn.benchmark = True", yardstick=True),
         Provider("cudnn-default", cudnn, "torch (cuDNN), default flags", False, True, yardstick=True),
         Provider("compile", compiled, "torch.compile, mode max-autotune", yardstick=True),
@@ -205,8 +231,8 @@ PROVIDERS = {
     )
 }
 # torch.compile takes seconds a case to compile, which whole suites do not have; it is measured when asked for, and
-# on single layers.
-DEFAULT = tuple(name for name in PROVIDERS if name != "compile")
+# on single layers; so are the portable kernels, which matter to other GPUs.
+DEFAULT = tuple(name for name in PROVIDERS if name not in ("compile", "tconv-portable"))
 
 
 def find(name: str) -> Provider:

@@ -33,6 +33,10 @@ class Speedup:
         return self.rival["ms"] / self.row["ms"]
 
     @property
+    def left(self) -> bool:
+        return "aten" in (self.row.get("family") or "").split(",")
+
+    @property
     def name(self) -> str:
         r = self.row
         return f"{r['case']} {r['pass']} {r['precision']}" + (
@@ -42,20 +46,22 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of some speed-ups: how many, their geometric mean, how many are below 1, and the worst."""
+    """Of some speed-ups: how many, their geometric mean, how many are below 1, how many are of passes that tconv leaves
+    to aten (a training step counts if one of its passes is left), and the worst."""
 
     label: str
     count: int
     geomean: float
     losses: int
+    left: int
     worst: Speedup
 
     def cells(self) -> list[str]:
         worst = f"{self.worst.ratio:.2f}x {self.worst.name} (to {self.worst.rival['provider']})"
-        return [self.label, str(self.count), f"{self.geomean:.2f}x", str(self.losses), worst]
+        return [self.label, str(self.count), f"{self.geomean:.2f}x", str(self.losses), str(self.left), worst]
 
 
-SUMMARY_COLUMNS = ["", "cases", "geomean", "losses", "worst"]
+SUMMARY_COLUMNS = ["", "cases", "geomean", "losses", "left to aten", "worst"]
 
 
 def load(path: str) -> dict:
@@ -97,7 +103,7 @@ def speedups(rows: list[dict], provider: str = "tconv") -> list[Speedup]:
 def summarise(label: str, found: list[Speedup]) -> Summary:
     ratios = [s.ratio for s in found]
     worst = min(found, key=lambda s: s.ratio)
-    return Summary(label, len(found), geomean(ratios), sum(r < 1 for r in ratios), worst)
+    return Summary(label, len(found), geomean(ratios), sum(r < 1 for r in ratios), sum(s.left for s in found), worst)
 
 
 def by_axis(found: list[Speedup]) -> list[Summary]:
@@ -130,7 +136,19 @@ def failures(rows: list[dict]) -> list[list[str]]:
     ]
 
 
-CASE_COLUMNS = ["case", "tconv ms", "spread", "TFLOP/s", "GB/s", "of roof", "host us", "best other", "ms", "speed-up"]
+CASE_COLUMNS = [
+    "case",
+    "kernel",
+    "tconv ms",
+    "spread",
+    "TFLOP/s",
+    "GB/s",
+    "of roof",
+    "host us",
+    "best other",
+    "ms",
+    "speed-up",
+]
 
 
 def case_cells(s: Speedup) -> list[str]:
@@ -138,7 +156,14 @@ def case_cells(s: Speedup) -> list[str]:
     r = s.row
     own = [f"{r['ms']:.4f}", f"{r['ms_spread']:.4f}", f"{r['tflops']:.1f}", f"{r['gbps']:.0f}"]
     own += [f"{100 * r['roof_share']:.0f}%", f"{r['host_us']:.0f}"]
-    return [s.name, *own, s.rival["provider"], f"{s.rival['ms']:.4f}", f"{s.ratio:.2f}x"]
+    return [
+        s.name,
+        (r.get("family") or "").replace(",", ", "),
+        *own,
+        s.rival["provider"],
+        f"{s.rival['ms']:.4f}",
+        f"{s.ratio:.2f}x",
+    ]
 
 
 def merge(results: list[dict]) -> dict:
@@ -252,9 +277,10 @@ def verdict(found: list[Speedup]) -> str:
     s = summarise("", found)
     own, other = (statistics.median(r["host_us"] for r in rows) for rows in zip(*((x.row, x.rival) for x in found)))
     return (
-        f"tconv is slower than the best other provider in **{s.losses} of {s.count}** cases. The geometric mean of "
-        f"the speed-ups is **{s.geomean:.2f}x**, the worst is {s.cells()[-1]}. The median call keeps the host busy for "
-        f"{own:.0f} us, the best other provider's for {other:.0f} us."
+        f"tconv is slower than the best other provider in **{s.losses} of {s.count}** cases"
+        + (f", and leaves {s.left} to aten" if s.left else "")
+        + f". The geometric mean of the speed-ups is **{s.geomean:.2f}x**, the worst is {s.cells()[-1]}. The median call "
+        f"keeps the host busy for {own:.0f} us, the best other provider's for {other:.0f} us."
     )
 
 

@@ -78,7 +78,7 @@ class Store:
             raise Refused(f"{self.partial} was begun with other options: {'; '.join(changed)}")
         ended = {m["end"] for m in messages if "end" in m}
         kept = [
-            m for m in messages if "head" in m or "end" in m or ("row" in m and task_id(m["row"]) in ended)
+            m for m in messages if m.keys() & {"head", "end", "seconds"} or ("row" in m and task_id(m["row"]) in ended)
         ]  # rows of a task that did not end are measured again
         for message in kept:
             self._take(message)

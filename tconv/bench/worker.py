@@ -105,10 +105,11 @@ def main() -> None:
         for task in tasks_told(told):
             say(begin=task["id"])
             run_task(request, task, say, kept)
+            say(seconds=dict(SPENT))  # task by task: a run that is stopped has told them
+            SPENT.clear()
             say(end=task["id"])
         if request["gpu"]:
             say(clocks=measure.clocks())
-        say(seconds=dict(SPENT))
 
 
 if __name__ == "__main__":

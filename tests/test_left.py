@@ -1,0 +1,133 @@
+"""Passes that are left to aten because it measured faster: which, with what reason, and that they come out right."""
+
+import pytest
+import torch
+from oracle import errors, passes
+from test_passes import CASES, TCONV, by_id, make
+
+import tconv
+from tconv import dispatch, launch, record
+from tconv.configs import Target
+
+HOPPER = Target("cuda", 90, 132)
+DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
+
+
+def plans(case, dtype, target, tf32=True, monkeypatch=None):
+    """The plan of each pass of a case."""
+    input, weight, _, grad = make(case, dtype, "cpu")
+    geometry = tconv.explain(input, weight, **case.layer).geometry
+    found = {}
+    for name in dispatch.PASSES:
+        source, destination = (grad, input) if name == "backward_input" else (input, grad)
+        monkeypatch.setattr(launch, "allow_tf32", lambda: tf32)
+        problem = launch.make_problem(name, geometry, input.shape, grad.shape[1], source, destination)
+        found[name] = dispatch.plan(problem, target)
+    return found
+
+
+@pytest.mark.parametrize(
+    "case, dtype, tf32, left",
+    [
+        (DENSE, torch.float16, False, {"backward_input", "backward_weight"}),
+        (DENSE, torch.bfloat16, True, {"backward_input", "backward_weight"}),
+        (DENSE, torch.float32, True, {"backward_input", "backward_weight"}),
+        (DENSE, torch.float32, False, set()),
+        (DEPTHWISE, torch.float32, True, {"backward_input"}),
+        (DEPTHWISE, torch.float32, False, {"backward_input"}),
+        (DEPTHWISE, torch.float16, False, {"backward_input"}),
+    ],
+)
+def test_which(case, dtype, tf32, left, monkeypatch):
+    told = plans(case, dtype, HOPPER, tf32, monkeypatch)
+    assert {name for name, plan in told.items() if plan.family == "aten"} == left
+    assert all("measured" in told[name].reason for name in left)
+    for other in (Target("hip", 942, 304), Target("interpreter", 0, 4), Target("cuda", 90, 132, without=("aten",))):
+        told = plans(case, dtype, other, tf32, monkeypatch)
+        assert all(plan.family != "aten" for plan in told.values())
+
+
+def test_without(device):
+    """without() holds in every thread, for new kinds of calls and for known ones, and ends."""
+    with pytest.raises(ValueError, match="expected shift or aten, got 'gemm'"), dispatch.without("gemm"):
+        pass
+    before = dispatch.flags()
+    with dispatch.without("shift", "aten"):
+        assert dispatch.target_of(torch.device(device)).without == ("shift", "aten")
+        assert dispatch.flags() != before
+    assert dispatch.flags() == before
+
+
+@pytest.fixture
+def leaving(monkeypatch, device):
+    """The dispatch that users have; on the CPU as on a Hopper GPU, whose aten passes run there too."""
+    if device == "cpu":
+        monkeypatch.setattr(launch, "target_of", lambda device: HOPPER)
+    with dispatch.without():
+        yield
+
+
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("case", [c for c in CASES if c.layer.get("groups", 1) == 1], ids=lambda c: c.id)
+def test_gradients(case, last, device, leaving, monkeypatch):
+    """What is left is what torch computes, in the memory format that the operators promise, also at a second call."""
+    if last and case.ndim == 1:
+        pytest.skip("1-d tensors have no channels_last")
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    first = make(case, torch.float32, device, last)
+    layer = tconv.explain(*first[:3], **case.layer).geometry
+    for tensors in (first, make(case, torch.float32, device, last)):
+        input, weight, _, grad = tensors
+        exact = passes(torch_function(case), *(None if t is None else t.double() for t in tensors), **case.layer)
+        known = len(record._records)
+        results = (
+            launch.backward_input(grad, weight, input.shape[2:], layer),
+            launch.backward_weight(grad, input, layer),
+        )
+        formats = launch.memory_format(grad, weight), launch.memory_format(input, grad)
+        for actual, expected, format in zip(results, exact[1:3], formats):
+            assert actual.dtype == input.dtype and actual.shape == expected.shape
+            assert actual.is_contiguous(memory_format=format)
+            assert errors(actual, expected)[1] < 2e-3
+    assert len(record._records) == known == 2
+
+
+def torch_function(case):
+    return getattr(torch.nn.functional, f"conv_transpose{case.ndim}d")
+
+
+def test_deterministic_and_flags_restored(device, leaving):
+    """cuDNN's deterministic algorithms run, and torch's flag is as before."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "convolution_backward" in str(function):
+                seen.append(torch.backends.cudnn.deterministic)
+            return function(*args, **(kwargs or {}))
+
+    input, weight, _, grad = make(DENSE, torch.float32, device)
+    geometry = tconv.explain(input, weight, **DENSE.layer).geometry
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert not torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    before = torch.backends.cudnn.deterministic
+    with Watch():
+        launch.backward_input(grad, weight, input.shape[2:], geometry)
+        launch.backward_weight(grad, input, geometry)
+    assert seen == [True, True] and torch.backends.cudnn.deterministic == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", (DENSE, by_id("2d_channels_130"), DEPTHWISE), ids=lambda c: c.id)
+def test_training_on_a_gpu(case, dtype, device, leaving):
+    """The whole step through autograd, left passes among it, twice the same to the bit."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    tensors = make(case, dtype, device)
+    told = tconv.explain(*tensors[:3], **case.layer).passes
+    assert "aten" in {p.plan.family for p in told[1:]}
+    one, two = (passes(TCONV[case.ndim], *tensors, **case.layer) for _ in range(2))
+    expected = passes(torch_function(case), *tensors, **case.layer)
+    for a, b, c in zip(one, two, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, atol=2e-2, rtol=2e-2)
