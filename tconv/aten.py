@@ -33,28 +33,28 @@ def backward_bias(grad_output) -> torch.Tensor:
     return grad_output.sum((0, *range(2, grad_output.ndim)))
 
 
-def forward(input, weight, bias, _, geometry: Geometry) -> torch.Tensor:
+def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     """aten's forward pass."""
     with _deterministic():
         return torch.ops.aten.convolution(input, weight, bias, *_layer(geometry))
 
 
 # aten's formula wants all operands of the layer: of the one that a gradient does not depend on, it reads size and
-# memory format.  empty() makes a tensor like the result.
+# memory format.  That is `like`, an uninitialised tensor such as the result.
 
 
-def backward_input(grad_output, weight, empty, geometry: Geometry) -> torch.Tensor:
+def backward_input(grad_output, weight, like, geometry: Geometry) -> torch.Tensor:
     """aten's grad_input."""
     with _deterministic():
         mask = [True, False, False]
-        return torch.ops.aten.convolution_backward(grad_output, empty(), weight, None, *_layer(geometry), mask)[0]
+        return torch.ops.aten.convolution_backward(grad_output, like, weight, None, *_layer(geometry), mask)[0]
 
 
-def backward_weight(grad_output, input, empty, geometry: Geometry) -> torch.Tensor:
+def backward_weight(grad_output, input, like, geometry: Geometry) -> torch.Tensor:
     """aten's grad_weight."""
     with _deterministic():
         mask = [False, True, False]
-        return torch.ops.aten.convolution_backward(grad_output, input, empty(), None, *_layer(geometry), mask)[1]
+        return torch.ops.aten.convolution_backward(grad_output, input, like, None, *_layer(geometry), mask)[1]
 
 
 def _layer(g: Geometry) -> tuple:

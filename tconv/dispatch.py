@@ -66,6 +66,7 @@ class Problem:
     destination: str = "width"  # that of the result
     vector: int = 1  # so many elements, at most 16, divide the source's address and all its strides but 1
     large: bool = False  # whether element offsets need 64 bits
+    dense: bool = True  # whether both tensors fill their memory, contiguous or channels_last
 
     @property
     def channels_last(self) -> bool:
@@ -204,23 +205,26 @@ def unsupported(target: Target) -> str | None:
     return None
 
 
-# What aten's gradients were measured against, on an H100 and an H200: what cuDNN takes, over what the kernels take that
-# other GPUs run as well (geometric means over core).
-FASTER = {
-    "backward_input": "2.5 times faster than tconv's portable kernels",
-    "backward_weight": "3.4 times faster than tconv's portable kernels",
+# What aten's gradients measured on an H100 and an H200: tconv's portable kernels' time over cuDNN's (geometric means
+# over core).  In IEEE fp32 they take as long as each other, and of depthwise weights' gradients too.
+LEFT = {
+    "backward_input": "cuDNN's gradient measured 2.5 times faster",
+    "backward_weight": "cuDNN's gradient measured 3.4 times faster",
 }
 
 
-def _leave(problem: Problem, is_direct: bool, target: Target) -> str:
-    """Why a gradient is left to aten, or ""."""
-    if problem.direction == "forward" or target.backend != "cuda" or "aten" in target.without or problem.large:
-        return ""
-    if problem.direction == "backward_weight" and is_direct:
-        return ""
-    if not (problem.dtype in HALF or problem.tf32 or is_direct):
-        return ""
-    return f"cuDNN's gradient measured {FASTER[problem.direction]}"
+def _leave(problem: Problem, is_direct: bool, target: Target) -> Plan | None:
+    """The plan to leave a gradient to aten where that is faster."""
+    p = problem
+    if p.direction == "forward" or target.backend != "cuda" or "aten" in target.without or p.large:
+        return None
+    if p.direction == "backward_input":
+        faster = p.dtype in HALF or p.tf32 or is_direct
+    else:
+        # cuDNN's deterministic algorithms truncate some layers' operands to TF32; so they get rounded ones.
+        faster = not is_direct and (p.dtype in HALF or (p.tf32 and p.dense))
+    rounded = p.direction == "backward_weight" and p.dtype is torch.float32
+    return Plan("aten", LEFT[p.direction], "tf32" if rounded else "") if faster else None
 
 
 HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -264,7 +268,7 @@ def plan(problem: Problem, target: Target) -> Plan:
         else f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
     )
     if left := _leave(problem, is_direct, target):
-        return Plan("aten", left)
+        return left
     how = "" if is_direct else precision(problem, target)
     element_size = problem.dtype.itemsize
     if problem.direction == "backward_weight":

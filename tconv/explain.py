@@ -36,7 +36,8 @@ class PassExplanation:
 
     def __str__(self) -> str:
         if self.plan.config is None:
-            return f"{self.name}: {self.plan.family}, because {self.plan.reason}"
+            text = f"{self.name}: {self.plan.family}, because {self.plan.reason}"
+            return text + f"; {_WORDS[self.plan.precision]}" if self.plan.precision else text
         text = f"{self.name}: {self.plan.family} ({self.plan.reason}); {_WORDS[self.plan.precision]}; tile {self.plan.config.describe()}"
         if self.plan.splits > 1:
             text += f"; sum in {self.plan.splits} parts"
@@ -135,6 +136,7 @@ def _explain_call(
     # The output and its gradient come in torch's layout; on the meta device they take no memory.
     output = torch.empty(
         (batched.shape[0], c_out, *geometry.output_size(batched.shape[2:])),
+        dtype=batched.dtype,
         device="meta",
         memory_format=launch.memory_format(batched, weight),
     )

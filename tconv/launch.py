@@ -128,6 +128,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
         "width" if destination is None else layout(destination, geometry.groups),
         vector(source, kind),
         is_large(source) or (destination is not None and is_large(destination)),
+        all(t is None or t.is_contiguous(memory_format=_suggested(t)) for t in (source, destination)),
     )
 
 
@@ -146,7 +147,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     problem = make_problem("forward", geometry, input.shape, c_out, input, output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return noted.leave(key, partial(aten.forward, geometry=geometry))
+        return noted.leave(key, partial(aten.forward, geometry=geometry), input, weight, bias)
     with on_device(input):
         if chosen.family == "shift":
             forward_shift(noted, chosen, input, weight, bias, output, geometry)
@@ -170,7 +171,7 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     problem = make_problem("backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output, grad_input)
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
-        return noted.leave(key, partial(aten.backward_input, geometry=geometry))
+        return noted.leave(key, partial(aten.backward_input, geometry=geometry), grad_output, weight, grad_input)
     with on_device(grad_output):
         gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return noted.keep(key)
@@ -189,7 +190,11 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     problem = make_problem("backward_weight", geometry, input.shape, c_out, input, grad_output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
-        return noted.leave(key, partial(aten.backward_weight, geometry=geometry))
+        operands = grad_output, input
+        if chosen.precision == "tf32":
+            with on_device(input):
+                operands = _round(noted, grad_output), _round(noted, input)
+        return noted.leave(key, partial(aten.backward_weight, geometry=geometry), *operands, grad_weight)
 
     from .kernels.direct import weight_direct
     from .kernels.gemm import weight_gemm
@@ -233,6 +238,16 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
             noted.launch(weight_gemm, grid, input, grad_output, partials, *scalars, **constants)
         _sum_partials(noted, partials, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)
     return noted.keep(key)
+
+
+def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
+    """A dense tensor rounded to TF32, in its memory format."""
+    from .kernels.rounding import round_dense
+
+    rounded = noted.workspace(t.shape, t.dtype, t, _suggested(t))
+    block = 4096
+    noted.launch(round_dense, cdiv(t.numel(), block), t, rounded, t.numel(), BLOCK=block)
+    return rounded
 
 
 def backward_bias(grad_output) -> torch.Tensor:

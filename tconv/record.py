@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +38,14 @@ def _described(base: torch.Tensor, facts: tuple):
 
 class Record:
     """The launches of one pass, built by carrying it out: `result` and `workspace` allocate, `launch` launches, and all
-    take note.  `again` repeats it on other tensors of the same facts."""
+    take note; `keep` or `leave` ends it.  `again` repeats it on other tensors of the same facts."""
 
     def __init__(self, *tensors: torch.Tensor | None):
         """tensors: those of the call, in the order in which `again` will be given others; the first is on the device."""
         self._known: list[torch.Tensor | None] = list(tensors)
         self._allocations: list[dict[str, Any]] = []  # arguments of torch.empty
         self._steps: list[tuple] = []
+        self._left: Callable[[tuple], torch.Tensor] | None = None  # makes the result where no step does
         # Whether every launch can be repeated: not those of a tensor that plays two parts, which others need not play.
         self._complete = len({id(t) for t in tensors if t is not None}) == sum(t is not None for t in tensors)
 
@@ -59,9 +59,11 @@ class Record:
         """The uninitialised result, of like's dtype and device; to be asked for first."""
         return self._empty(size=tuple(size), dtype=like.dtype, device=like.device, memory_format=memory_format)
 
-    def workspace(self, size, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    def workspace(
+        self, size, dtype: torch.dtype, like: torch.Tensor, memory_format=torch.contiguous_format
+    ) -> torch.Tensor:
         """An uninitialised tensor for the time of the call, on like's device."""
-        return self._empty(size=size, dtype=dtype, device=like.device)
+        return self._empty(size=size, dtype=dtype, device=like.device, memory_format=memory_format)
 
     def launch(self, kernel, grid: int, *args, **constants) -> None:
         """Launch `kernel` on `grid` programs.  Tensors among the arguments are the call's or were allocated here."""
@@ -89,47 +91,43 @@ class Record:
             _keep(key, self)
         return result
 
-    def leave(self, key: tuple, function: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Have `function` make the result, of the call's tensors and of what makes an uninitialised one like it, and
-        let `find` find that."""
-        *tensors, _ = self._known
+    def leave(self, key: tuple, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
+        """End with the result that `function` makes of `inputs`, which are the call's tensors or were allocated here,
+        in the memory format of the one that was asked for; let `find` find this."""
+        places = tuple(next(n for n, t in enumerate(self._known) if t is i) for i in inputs)
+        format = self._allocations[0]["memory_format"]
+        if len(self._allocations) == 1 and not any(t is self._known[-1] for t in inputs):
+            self._allocations = []  # the function allocates its result by itself
         self._known = []
-        left = Left(function, self._allocations[0])
-        _keep(key, left)
-        return left.again(*tensors)
+        self._left = lambda known: function(*(known[n] for n in places)).contiguous(memory_format=format)
+        if self._complete:
+            _keep(key, self)
+        return function(*inputs).contiguous(memory_format=format)
 
     def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
         """Carry it out on other tensors; returns the result."""
         first = tensors[0]
         assert first is not None
         with on_device(first):
-            made = [torch.empty(**how) for how in self._allocations]
-            known = (*tensors, *made)
+            known = *tensors, *(torch.empty(**how) for how in self._allocations)
             for start, values, places in self._steps:
                 args = values.copy()
                 for i, at, facts in places:
                     args[i] = known[at] if facts is None else _described(known[at], facts)
                 start(*args)
-        return made[0]
-
-
-class Left(NamedTuple):
-    """A pass that another function than our kernels carries out."""
-
-    function: Callable[..., torch.Tensor]
-    allocation: dict[str, Any]
-
-    def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
-        made = self.function(*tensors, partial(torch.empty, **self.allocation))
-        return made.contiguous(memory_format=self.allocation["memory_format"])
+        if self._left:
+            return self._left(known)
+        result = known[len(tensors)]
+        assert result is not None
+        return result
 
 
 MOST_RECORDS = 4096  # then all are forgotten, so that ever new sizes do not fill the memory
-_records: dict[tuple, Record | Left] = {}
+_records: dict[tuple, Record] = {}
 find = _records.get
 
 
-def _keep(key: tuple, record: Record | Left) -> None:
+def _keep(key: tuple, record: Record) -> None:
     if len(_records) >= MOST_RECORDS:
         forget()
     _records[key] = record

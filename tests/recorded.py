@@ -8,6 +8,7 @@ to it.  One line a pass goes out; the exit status is 1 where they differ.
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
@@ -125,6 +126,10 @@ def main() -> int:
         good &= compare(f"{title} backward_input", launch.backward_input, y, w, size[2:], geometry)
         good &= compare(f"{title} backward_weight", launch.backward_weight, y, x, geometry)
         good &= compare(f"{title} backward_bias", launch.backward_bias, y)
+    record.forget()
+    launch.target_of = lambda device: replace(target, without=())
+    good &= compare("left backward_weight", launch.backward_weight, y, x, geometry)
+    launch.target_of = lambda device: target
     count = len(record._records)
     print(f"Triton {triton.__version__}: {count} records")
     # Other facts, another record: alignment, strides, the bias, torch's precision flag.

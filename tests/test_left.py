@@ -89,7 +89,8 @@ def test_gradients(case, last, device, leaving, monkeypatch):
             assert actual.dtype == input.dtype and actual.shape == expected.shape
             assert actual.is_contiguous(memory_format=format)
             assert errors(actual, expected)[1] < 2e-3
-    assert len(record._records) == known == 2
+    if device == "cuda":  # the interpreter's launches are not repeated
+        assert len(record._records) == known == 2
 
 
 def torch_function(case):
