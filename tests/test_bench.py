@@ -194,6 +194,26 @@ def test_rounded_oracle(n, lead):
             torch.testing.assert_close(check.oracle_pass(name, (*tensors[:3], fine), layer), one)
 
 
+class Moment:
+    """A CUDA event at a time in ms."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_calls_with_a_late_host_do_not_count():
+    events = [(Moment(0.0), Moment(ms)) for ms in (1.0, 9.0, 1.5, 2.0, 9.0)]
+    run = measure.Run("tconv", lambda: None, host=[1e-4] * 5, events=events, late=[False, True, False, False, True])
+    told = measure.statistics_of(run)
+    assert (told["ms"], told["rounds"]) == (1.5, 3) and told["host_us"] == pytest.approx(100)
+    run.late = [True] * 5
+    told = measure.statistics_of(run)
+    assert (told["ms"], told["rounds"]) == (2.0, 5)
+
+
 # Summaries
 
 

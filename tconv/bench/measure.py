@@ -1,7 +1,9 @@
 """How time is taken: CUDA events around a call, in rounds in which every provider has its turn.
 
 A call's `ms` is what the device spends on it.  A short wait is queued on the device before each call, so that the
-host is ahead when the call's first kernel may start, and the host's own time is a figure of its own, `host_us`.
+host is ahead when the call's first kernel may start, and the host's own time is a figure of its own, `host_us`.  A
+call for which the host took longer than that wait says nothing about the device and does not count, unless all of a
+provider's calls are so.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 CYCLES_PER_SECOND = 2e9  # torch.cuda._sleep counts the SM's clock; too high a guess makes the wait a little longer
+LONGEST_WAIT = 5e-3  # seconds
 WARM_UP = 3  # calls of each provider between the check and the first round
 
 
@@ -35,6 +38,8 @@ class Run:
     grad: bool = False
     host: list[float] = field(default_factory=list)  # seconds a call
     events: list = field(default_factory=list)
+    wait: float = 0.0  # seconds that the device waits before a call
+    late: list[bool] = field(default_factory=list)  # whether the host took longer than that
 
 
 # torch keeps the plan that cuDNN chose for a convolution in a cache a thread, and looks there before it looks at
@@ -63,11 +68,11 @@ def call(run: Run, function: Callable[[], Any] | None = None) -> Any:
     return _thread.submit(work).result()
 
 
-def _timed(run: Run, flush: torch.Tensor | None, wait: float) -> None:
+def _timed(run: Run, flush: torch.Tensor | None) -> None:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def work():
-        torch.cuda._sleep(int(wait * CYCLES_PER_SECOND))
+        torch.cuda._sleep(int(run.wait * CYCLES_PER_SECOND))
         if flush is not None:
             flush.zero_()
         start.record()
@@ -78,6 +83,14 @@ def _timed(run: Run, flush: torch.Tensor | None, wait: float) -> None:
 
     call(run, work)
     run.events.append((start, end))
+    run.late.append(run.host[-1] > run.wait)
+    if run.late[-1]:
+        run.wait = max(run.wait, _wait(run.host[-1]))
+
+
+def _wait(host: float) -> float:
+    """How long the device is to wait for a host that takes so many seconds to launch a call."""
+    return min(1.3 * host + 20e-6, LONGEST_WAIT)
 
 
 def interleave(runs: list[Run], budget: float, fewest: int, most: int, flush: torch.Tensor | None) -> dict[str, dict]:
@@ -87,33 +100,35 @@ def interleave(runs: list[Run], budget: float, fewest: int, most: int, flush: to
     each call (a buffer of twice the L2, for cases that fit in it).  A provider that takes more than the whole budget
     for a call is warmed up by one and timed in two rounds.
     """
-    waits, slow = {}, set()
+    slow = set()
     for run in runs:
-        run.host, run.events = [], []
+        run.host = []
         for _ in range(WARM_UP):
             begin = time.perf_counter()
-            _timed(run, flush, 0)
+            _timed(run, flush)
             torch.cuda.synchronize()
             if time.perf_counter() - begin > budget:
                 slow.add(run.name)
                 break
-        waits[run.name] = min(1.3 * statistics.median(run.host) + 20e-6, 2e-3)
+        run.wait = _wait(statistics.median(run.host))
     for run in runs:
-        run.host, run.events = [], []
+        run.host, run.events, run.late = [], [], []
     begin = time.perf_counter()
     for i in range(most):
         for run in runs[i % len(runs) :] + runs[: i % len(runs)]:
             if i < 2 or run.name not in slow:
-                _timed(run, flush, waits[run.name])
+                _timed(run, flush)
         torch.cuda.synchronize()
-        if i + 1 >= fewest and time.perf_counter() - begin > budget:
+        enough = i + 1 >= 2 * fewest or all(run.name in slow or run.late.count(False) >= fewest for run in runs)
+        if enough and time.perf_counter() - begin > budget:
             break
     return {run.name: statistics_of(run) for run in runs}
 
 
 def statistics_of(run: Run) -> dict:
     """Median and interquartile range of the device's time, and the host's median time a call."""
-    times = sorted(start.elapsed_time(end) for start, end in run.events)
+    counted = run.events if all(run.late) else [e for e, late in zip(run.events, run.late) if not late]
+    times = sorted(start.elapsed_time(end) for start, end in counted)
     quarter, three = times[len(times) // 4], times[(3 * len(times)) // 4]
     return {
         "ms": statistics.median(times),
@@ -162,11 +177,11 @@ def roofs() -> dict:
 
 
 def _median_ms(function: Callable[[], Any], rounds: int = 20) -> float:
-    run = Run("roof", function)
+    run = Run("roof", function, wait=20e-6)
     for i in range(rounds + 5):
         if i == 5:
             run.events = []
-        _timed(run, None, 20e-6)
+        _timed(run, None)
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in run.events)
 

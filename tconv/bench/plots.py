@@ -30,6 +30,9 @@ def _groups(found: list[Speedup]) -> dict[str, list[Speedup]]:
     return groups
 
 
+MANY = 100  # points, of which no figure's file should hold each
+
+
 def speedup_chart(result: dict, path: Path) -> None:
     """Each pass's speed-ups over the best other provider, sorted, one panel a precision and memory format."""
     plt = _pyplot()
@@ -46,7 +49,8 @@ def speedup_chart(result: dict, path: Path) -> None:
             ratios = sorted(s.ratio for s in group if s.row["pass"] == pass_name)
             share = [(i + 0.5) / len(ratios) for i in range(len(ratios))]
             losses = f"{sum(r < 1 for r in ratios)} of {len(ratios)}"
-            ax.plot(share, ratios, marker=".", label=f"{pass_name}: {geomean(ratios):.2f}x, {losses}")
+            marker = "." if len(ratios) < MANY else None
+            ax.plot(share, ratios, marker=marker, label=f"{pass_name}: {geomean(ratios):.2f}x, {losses}")
         ax.axhline(1, color=COLOURS["roof"], linewidth=0.8)
         ax.grid(axis="y", color="#dddddd", linewidth=0.6)
         ax.set(yscale="log", ylim=(2.0 ** (low - 0.2), 2.0 ** (high + 0.2)), title=name, xlabel="share of cases")
@@ -78,7 +82,15 @@ def roofline_chart(result: dict, path: Path) -> None:
             ("tconv, slower", "tconv", "none", [s.row for s in group if s.ratio < 1]),
         ):
             points = [r["flops"] / r["bytes"] for r in rows], [r["tflops"] for r in rows]
-            ax.scatter(*points, s=12, facecolors=face, edgecolors=COLOURS[colour], linewidths=0.7, label=label)
+            ax.scatter(
+                *points,
+                s=12,
+                facecolors=face,
+                edgecolors=COLOURS[colour],
+                linewidths=0.7,
+                label=label,
+                rasterized=len(rows) >= MANY,
+            )
         ax.set(xscale="log", yscale="log", title=name, xlabel="operations a byte")
         _legend(ax)
     axes[0][0].set_ylabel("TFLOP/s")
@@ -96,7 +108,7 @@ def _write(plt: Any, figure: Any, result: dict, path: Path) -> None:
     figure.suptitle(str(result["head"]["device"]), fontsize="small")
     figure.tight_layout()
     with plt.rc_context({"svg.hashsalt": "tconv"}):
-        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", dpi=150)
     plt.close(figure)
 
 

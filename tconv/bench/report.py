@@ -19,6 +19,7 @@ KEY = ("suite", "case", "pass", "precision", "memory_format")
 BAD = ("wrong", "error", "crashed", "timeout", "skipped")
 BEGIN, END = "<!-- tconv.bench report: begin -->", "<!-- tconv.bench report: end -->"
 LONG = 30  # rows; a longer table is folded in Markdown
+MOST, WORST = 400, 100  # of more cases than the first, so many are listed: those furthest behind
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tu
     """The tables of a report: (title, columns, rows).
 
     Args:
-        cases: the tables of all cases too.
+        cases: the tables of cases too; of more than MOST, the WORST.
         summary: only what is timed from eager code, by suite and by class, and what was not timed.
     """
     rows = result["rows"]
@@ -211,7 +212,11 @@ def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tu
     tables = []
     cases = cases and not summary
     if found and cases:
-        tables.append(("Cases: tconv and the best other provider", CASE_COLUMNS, [case_cells(s) for s in found]))
+        title, listed = "Cases: tconv and the best other provider", found
+        if len(found) > MOST:
+            title = f"Cases: the {WORST} of {len(found)} in which tconv is furthest behind the best other provider"
+            listed = sorted(found, key=lambda s: s.ratio)[:WORST]
+        tables.append((title, CASE_COLUMNS, [case_cells(s) for s in listed]))
     if found:
         lines = [s.cells() for s in by_axis(found)]
         tables.append(("Speed-up over the best other provider", SUMMARY_COLUMNS, lines))
