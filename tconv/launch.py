@@ -302,55 +302,63 @@ def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, bloc
 
     roles: the weight's strides along group, source channel and destination channel; taps: along the kernel's axes.
     """
-    from .kernels.gemm import pack_weight
-
-    count, _, kh, kw = prod(weight.shape[2:]), *sizes3(weight.shape[2:])
-    height, width = cdiv(c_dst, block_n) * block_n, cdiv(c_src, block_k) * block_k
-    packed = noted.workspace((max(1, parts) * groups * count, height, width), weight.dtype, weight)
-    block_t, block_c = 16, power_of_two(width, 16, 64)
-    noted.launch(
-        pack_weight,
-        cdiv(count, block_t) * cdiv(width, block_c) * height * groups,
-        weight,
-        packed,
-        c_src,
-        c_dst,
-        count,
-        kh,
-        kw,
-        *roles,
-        *taps,
-        PARTS=parts,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_T=block_t,
-        BLOCK_C=block_c,
-    )
-    return packed
+    blocks = groups * prod(weight.shape[2:])
+    return _pack(noted, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts, blocks, 1, (0,) * 8)
 
 
 def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) -> torch.Tensor:
     """The weight as a shift tile with folded phases takes it: [taps and offsets, rows of M, input channel]."""
-    from .kernels.shift import pack_folded as kernel
-
-    (c_in, c_out), (kd, kh, kw), fold = weight.shape[:2], sizes3(weight.shape[2:]), tile.fold
-    width, height, entries = cdiv(c_in, tile.kb) * tile.kb, cdiv(c_out, fold.channels) * shift.M, sum(fold.count)
-    parts = PARTS.get(tile.dtype, 0)
-    packed = noted.workspace((max(1, parts) * kd * kh * entries, height, width), weight.dtype, weight)
+    (c_in, c_out), (kd, kh, _), fold = weight.shape[:2], sizes3(weight.shape[2:]), tile.fold
+    w_i, w_o, *taps = strides5(weight)
     (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
     axis = geometry.axes3[2]
-    block_c = power_of_two(width, 16, 64)
+    folded = axis.stride, axis.padding, axis.dilation, low0, count0, low1, count1, fold.many[0]
+    parts, blocks = PARTS.get(tile.dtype, 0), kd * kh * (count0 + count1)
+    roles = 0, w_i, w_o
+    return _pack(noted, weight, roles, taps, 1, c_in, c_out, shift.M, tile.kb, parts, blocks, fold.phases, folded)
+
+
+def _pack(
+    noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts, blocks, phases, folded
+) -> torch.Tensor:
+    from .kernels.pack import pack_weight
+
+    count, (_, kh, kw) = prod(weight.shape[2:]), sizes3(weight.shape[2:])
+    channels = cdiv(c_dst, block_n // phases) * (block_n // phases)
+    width, height = cdiv(c_src, block_k) * block_k, channels * phases
+    packed = noted.workspace((max(1, parts) * blocks, height, width), weight.dtype, weight)
+    order = _order(roles[2], taps, c_dst, weight.shape[2:])
+    run = c_dst if order == "channels" else c_dst * count
+    block_r, block_c = (
+        power_of_two(channels if order == "channels" else channels * count, 16, 64),
+        power_of_two(width, 16, 64),
+    )
+    tiles = count * cdiv(channels, block_r) if order == "channels" else cdiv(channels * count, block_r)
     noted.launch(
-        kernel, kd * kh * cdiv(height, fold.phases) * cdiv(width, block_c),
-        weight, packed, c_in, c_out, kh, kw, *strides5(weight), axis.stride, axis.padding, axis.dilation,
-        low0, count0, low1, count1, fold.many[0],
-        PHASES=fold.phases,
+        pack_weight, tiles * cdiv(width, block_c) * groups,
+        weight, packed, c_src, c_dst, count, kh, kw, *roles, *taps, blocks * height, *folded,
+        PHASES=phases,
         PARTS=parts,
-        BLOCK_K=tile.kb,
-        BLOCK_E=power_of_two(entries * fold.phases, 1, shift.MOST_FOLDED),
+        ORDER=order,
+        ALIGNED=all(n % 16 == 0 for n in (roles[0], roles[1], run)),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
         BLOCK_C=block_c,
     )  # fmt: skip
     return packed
+
+
+def _order(w_t: int, taps, c_dst: int, kernel) -> str:
+    """How (destination channels, taps) of one source channel lie in memory, as kernels.pack says it."""
+    k = sizes3(kernel)
+    count = prod(k)
+    inner = [(k[1] * k[2], k[0]), (k[2], k[1]), (1, k[2])]  # (stride, size) of taps without gaps
+    for name, of_channel, of_tap in (("taps", count, 1), ("channels", 1, c_dst)):
+        lies = [(of_channel, c_dst), *((stride * of_tap, n) for stride, n in inner)]
+        if all(has == wants or n == 1 for has, (wants, n) in zip((w_t, *taps), lies)):
+            return name
+    return "strided"
 
 
 def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:

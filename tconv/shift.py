@@ -26,7 +26,6 @@ MOST_STRIDE = 256  # along the height: the phases are looked through for each ti
 LONG = 9  # taps along height and width, from which on half the code is worth having
 MOST_PHASES = 8  # along the height that have code of their own
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
-MOST_FOLDED = 1024  # offsets times phases: kernels.shift.pack_folded takes them at once
 MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
 
 
@@ -257,8 +256,6 @@ def make(
     useful -= useful % step
     if not rows or useful < 1 or box % align:
         return None
-    if f.phases > 1 and f.phases * blocks_w > MOST_FOLDED:
-        return None
     if dst_layout == "channels" and f.channels * size < 32:
         return None  # the least that a buffer's swizzle takes
     block = M * kb * size
@@ -470,7 +467,7 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
         (width.stride > MOST_WIDTH_PHASES, f"the shift kernel has strides up to {MOST_WIDTH_PHASES} along the width"),
         (width.kernel > MOST_WIDTH, f"the shift kernel has up to {MOST_WIDTH} taps along the width"),
         (large, "the shift kernel has 32-bit offsets"),
-        (c_in < 16 or c_out < 8, "few channels"),
+        (c_in < 16, "few input channels"),
         (source not in ("width", "vectors") or destination not in ("width", "vectors"), "of the tensors' strides"),
         (source == "vectors" and vector < 8, "the input is not aligned to 16 bytes"),
     ):

@@ -26,13 +26,14 @@ from tconv.configs import Target
 from tconv.geometry import Geometry
 
 KERNELS = {
-    "gemm": ("gather_gemm", "pack_weight", "weight_gemm"),
+    "gemm": ("gather_gemm", "weight_gemm"),
+    "pack": ("pack_weight",),
     "direct": ("gather_direct", "weight_direct"),
     "reduce": ("sum_partials", "sum_pixels"),
-    "shift": ("shift", "pack_folded"),
+    "shift": ("shift",),
     "rounding": ("round_dense",),
 }
-HOPPER = {"shift", "pack_folded"}
+HOPPER = {"shift"}
 # Kernels that a target does not run: gradients are left to cuDNN alone.
 ELSEWHERE = {"sm_80": HOPPER, "sm_90": set(), "sm_100": HOPPER, "gfx942": HOPPER | {"round_dense"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Kernels for sm_80 also serve sm_86 and sm_89.

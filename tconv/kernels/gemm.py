@@ -14,9 +14,7 @@ from .common import (
     load_tile,
     matmul,
     operand,
-    round_tf32,
     split_row,
-    split_tf32,
     store_tile,
 )
 
@@ -151,47 +149,6 @@ def gather_gemm(
         channel = channel.to(tl.int64)
     out = n * dst_n + od * dst_d + oh * dst_h + ow * dst_w
     store_tile(dst, out, channel * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAYOUT)
-
-
-@triton.jit(
-    do_not_specialize=["c_src", "c_dst", "taps", "kh", "kw", "w_g", "w_s", "w_t", "w_d", "w_h", "w_w"],
-)
-def pack_weight(
-    weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """packed[part, group, tap, c_dst, c_src] from a weight of any strides, zero-padded to whole tiles.
-
-    Reduction channels become contiguous (the tensor core's K-major operand); fp32 becomes PARTS TF32 values (0: it is
-    left alone, one part).  w_g, w_s, w_t: the weight's strides along group, source
-    channel and destination channel.
-    """
-    width = tl.cdiv(c_src, BLOCK_K) * BLOCK_K
-    height = tl.cdiv(c_dst, BLOCK_N) * BLOCK_N
-    tiles_c = tl.cdiv(width, BLOCK_C)
-    tiles_t = tl.cdiv(taps, BLOCK_T)
-    pid = tl.program_id(0)
-    tile_t = pid % tiles_t
-    pid = pid // tiles_t
-    tile_c = pid % tiles_c
-    pid = pid // tiles_c
-    co = pid % height
-    group = (pid // height).to(tl.int64)
-    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    cs = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    tap = (t // (kh * kw)).to(tl.int64) * w_d + (t // kw % kh).to(tl.int64) * w_h + (t % kw).to(tl.int64) * w_w
-    present = tl.where(co < c_dst, c_src, 0)  # padding rows have no channels
-    mask = (cs < present)[:, None] & (t < taps)[None, :]
-    v = tl.load(weight + group * w_g + co.to(tl.int64) * w_t + cs[:, None] * w_s + tap[None, :], mask=mask, other=0.0)
-    out = packed + ((group * taps + t[:, None]) * height + co) * width + cs[None, :]
-    mask = (t < taps)[:, None] & (cs < width)[None, :]
-    if PARTS == 2:
-        v, low = split_tf32(v)
-        rows = tl.num_programs(0) // (tiles_c * tiles_t) * taps  # of the first part
-        tl.store(out + rows.to(tl.int64) * width, tl.trans(low), mask=mask)
-    if PARTS == 1:
-        v = round_tf32(v)
-    tl.store(out, tl.trans(v), mask=mask)
 
 
 @triton.jit(

@@ -10,7 +10,6 @@ readings of their own (docs/kernels.md).
 """
 
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,8 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-from .common import round_tf32, split_tf32
 
 # Triton 3.6 to 3.8 and 3.9 name these differently.
 _DESCRIPTOR = gl.shared_memory_descriptor
@@ -779,7 +776,7 @@ def shift(
     planes, d_in, x_d, d_out, y_d,
     p: gl.constexpr,
 ):  # fmt: skip
-    """y = conv_transpose3d(x, w) + bias; `w` is packed as pack_weight or pack_folded does, `p` a tconv.shift.Shift."""
+    """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight, `p` a tconv.shift.Shift."""
     if p.src_layout == "channels":
         x_n = x_n // 16 * 16
         x_d = x_d // 16 * 16
@@ -891,56 +888,3 @@ def shift(
             [4, p.producers, 1],
             [p.registers[0], p.registers[1], 24],
         )
-
-
-@triton.jit(
-    do_not_specialize=(
-        "c_in c_out kh kw w_i w_o w_d w_h w_w stride padding dilation low0 count0 low1 count1 many0"
-    ).split()
-)
-def pack_folded(
-    weight, packed, c_in, c_out, kh, kw, w_i, w_o, w_d, w_h, w_w, stride, padding, dilation,
-    low0, count0, low1, count1, many0,
-    PHASES: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """packed[tap of depth and height, offset along the width, output channel and folded phase, input channel].
-
-    tconv.shift.Fold says which offsets; row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel c, and
-    zero where there is no such phase.  One program an output channel, tap and BLOCK_C input channels.
-    """
-    CHANNELS: tl.constexpr = 64 // PHASES
-    width = tl.cdiv(c_in, BLOCK_K) * BLOCK_K
-    tiles_co = tl.cdiv(c_out, CHANNELS)
-    tiles_c = tl.cdiv(width, BLOCK_C)
-    pid = tl.program_id(0)
-    tile_c = pid % tiles_c
-    pid = pid // tiles_c
-    co = pid % (tiles_co * CHANNELS)
-    tap = pid // (tiles_co * CHANNELS)
-    j = tl.arange(0, BLOCK_E)
-    e = j // PHASES  # an offset of the first accumulator, then those of the second
-    second = e >= count0
-    offset = tl.where(second, low1 + e - count0, low0 + e)
-    own = j % PHASES
-    phase = tl.where(second, many0, 0) + own
-    # Output q * stride + phase reads input q + offset through tap k where dilation * k = phase + padding - stride * offset.
-    reach = phase + padding - stride * offset
-    k = reach // dilation
-    there = (reach >= 0) & (k * dilation == reach) & (k < kw) & (own < tl.where(second, stride - many0, many0))
-    c = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    present = tl.where(co < c_out, c_in, 0)
-    at = co.to(tl.int64) * w_o + (tap // kh).to(tl.int64) * w_d + (tap % kh).to(tl.int64) * w_h + k.to(tl.int64) * w_w
-    v = tl.load(weight + c[:, None] * w_i + at[None, :], mask=(c < present)[:, None] & there[None, :], other=0.0)
-    entries = count0 + count1
-    row = ((tap * entries + e) * tiles_co + co // CHANNELS) * 64 + co % CHANNELS * PHASES + j % PHASES
-    out = packed + row.to(tl.int64)[:, None] * width + c[None, :]
-    mask = (e < entries)[:, None] & (c < width)[None, :]
-    if PARTS == 2:
-        v, low = split_tf32(v)
-        rows = (
-            tl.num_programs(0) // tiles_c * PHASES * entries
-        )  # of the first part: a program an output channel and tap
-        tl.store(out + rows.to(tl.int64) * width, tl.trans(low), mask=mask)
-    if PARTS == 1:
-        v = round_tf32(v)
-    tl.store(out, tl.trans(v), mask=mask)

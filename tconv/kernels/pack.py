@@ -1,0 +1,92 @@
+"""The weight as the matrix kernels take it: source channels innermost, rows of destination channels, a block a tap."""
+
+import triton
+import triton.language as tl
+
+from .common import round_tf32, split_tf32
+
+
+@triton.jit(
+    do_not_specialize=(
+        "c_src c_dst taps kh kw w_g w_s w_t w_d w_h w_w rows stride padding dilation low0 count0 low1 count1 many0"
+    ).split()
+)
+def pack_weight(
+    weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w, rows,
+    stride, padding, dilation, low0, count0, low1, count1, many0,
+    PHASES: tl.constexpr, PARTS: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """packed[part, group, tap, c_dst, c_src], c_dst and c_src zero-padded to whole tiles; fp32 as PARTS TF32 values (0: as
+    it is, one part), of which each has so many `rows`.
+
+    With PHASES > 1, which has one group: packed[part, tap of depth and height, offset along the width, c_dst and phase,
+    c_src].  tconv.shift.Fold says which offsets; row c % (BLOCK_N / PHASES) * PHASES + f of a tile of BLOCK_N is
+    phase f of channel c.  What a row holds that has no such phase is left open: its output does not exist.
+
+    w_g, w_s, w_t: the weight's strides along group, source channel and destination channel; w_d, w_h, w_w: of taps.
+    Of one source channel, its (c_dst, taps) lie in memory as ORDER says: "taps" or "channels" innermost without gaps, or
+    "strided".  ALIGNED: whether 16 divides w_g, w_s and how many those are, or in "channels" c_dst.
+    A program takes BLOCK_R of these of BLOCK_C source channels, so that it reads and writes runs of addresses.
+    """
+    CHANNELS: tl.constexpr = BLOCK_N // PHASES
+    width = tl.cdiv(c_src, BLOCK_K) * BLOCK_K
+    tiles_n = tl.cdiv(c_dst, CHANNELS)
+    height = tiles_n * CHANNELS
+    if ALIGNED:
+        w_g = w_g // 16 * 16
+        w_s = w_s // 16 * 16
+    pid = tl.program_id(0)
+    r = tl.arange(0, BLOCK_R)
+    if ORDER == "channels":
+        c_run = c_dst // 16 * 16 if ALIGNED else c_dst
+        tiles_r = tl.cdiv(height, BLOCK_R)
+        t = pid // tiles_r % taps
+        r += pid % tiles_r * BLOCK_R
+        pid = pid // tiles_r // taps
+        run = t * c_run + r
+        co = r
+        present = r < c_run
+        inside = r < height
+        t += tl.zeros_like(r)
+    else:
+        tiles_r = tl.cdiv(height * taps, BLOCK_R)
+        r += pid % tiles_r * BLOCK_R
+        pid = pid // tiles_r
+        co = r // taps
+        t = r % taps
+        if ORDER == "taps":
+            total = c_dst * taps // 16 * 16 if ALIGNED else c_dst * taps
+            run = r
+            present = r < total
+        else:
+            run = co.to(tl.int64) * w_t + (t // (kh * kw)).to(tl.int64) * w_d
+            run += (t // kw % kh).to(tl.int64) * w_h + (t % kw).to(tl.int64) * w_w
+            present = co < c_dst
+        inside = r < height * taps
+    tiles_c = tl.cdiv(width, BLOCK_C)
+    group = (pid // tiles_c).to(tl.int64)
+    cs = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (cs < c_src)[:, None] & present[None, :]
+    v = tl.load(weight + group * w_g + cs.to(tl.int64)[:, None] * w_s + run[None, :], mask=mask, other=0.0)
+
+    if PHASES > 1:
+        # Tap k is of the phase that is dilation * k - padding modulo the stride; output q * stride + phase reads input
+        # q + offset through it.
+        reach = dilation * (t % kw) - padding
+        phase = (reach % stride + stride) % stride
+        offset = (phase - reach) // stride  # which divides it
+        second = phase >= many0
+        entry = tl.where(second, count0 + offset - low1, offset - low0)
+        row = (t // kw * (count0 + count1) + entry) * tiles_n + co // CHANNELS
+        row = row * BLOCK_N + co % CHANNELS * PHASES + tl.where(second, phase - many0, phase)
+    else:
+        row = (group * taps + t) * height + co
+    out = packed + row.to(tl.int64)[:, None] * width + cs[None, :]
+    mask = inside[:, None] & (cs < width)[None, :]
+    if PARTS == 2:
+        v, low = split_tf32(v)
+        tl.store(out + rows.to(tl.int64) * width, tl.trans(low), mask=mask)
+    if PARTS == 1:
+        v = round_tf32(v)
+    tl.store(out, tl.trans(v), mask=mask)
