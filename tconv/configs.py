@@ -105,6 +105,17 @@ def gather_gemm(
     )
 
 
+LEAST_STEPS = 8  # along K: a program with fewer would spend its time on beginning and ending
+
+
+def gather_splits(programs: int, steps: int, elements: int, target: Target) -> int:
+    """Into how many parts a gather of `elements` cuts its sums of so many steps, so that a small grid fills the GPU."""
+    if programs >= target.processors:
+        return 1
+    want = cdiv(2 * target.processors, max(1, programs))
+    return max(1, min(want, steps // LEAST_STEPS, WORKSPACE_ELEMENTS // max(1, elements)))
+
+
 def weight_gemm(
     rows: int,
     width: int,

@@ -189,11 +189,16 @@ def precision(problem: Problem, target: Target) -> str:
     return "ieee" if short or target.backend == "hip" else "tf32x3"
 
 
+def _taps(geometry: Geometry) -> int:
+    """How many taps a phase of the forward pass has, at most."""
+    return prod(cdiv(a.kernel, a.stride // a.gcd) for a in geometry.axes)
+
+
 def _products(problem: Problem) -> int:
     """How many products one element of the pass's result sums, at most."""
     geometry = problem.geometry
     if problem.direction == "forward":
-        return problem.c_in // geometry.groups * prod(cdiv(a.kernel, a.stride // a.gcd) for a in geometry.axes)
+        return problem.c_in // geometry.groups * _taps(geometry)
     if problem.direction == "backward_input":
         return problem.c_out // geometry.groups * geometry.taps
     return problem.batch * prod(problem.input_size)
@@ -301,9 +306,13 @@ def plan(problem: Problem, target: Target) -> Plan:
         quotient, phases, c_src, c_dst, channels = list(size), 1, c_out, c_in, problem.c_in
     rows, width = problem.batch * prod(quotient[:-1]), quotient[-1]
     if is_direct:
-        config = configs.direct(rows, width, channels, problem.channels_last, target)
-    else:
-        config = configs.gather_gemm(
-            rows, width, phases * g, c_src, c_dst, element_size, how, problem.channels_last, problem.large, target
-        )
-    return Plan("direct" if is_direct else "gemm", why, how, config)
+        return Plan("direct", why, how, configs.direct(rows, width, channels, problem.channels_last, target))
+    config = configs.gather_gemm(
+        rows, width, phases * g, c_src, c_dst, element_size, how, problem.channels_last, problem.large, target
+    )
+    pixels = cdiv(rows, config.block_m // config.box_w) * cdiv(width, config.box_w)
+    programs, blocks = pixels * phases * g * cdiv(c_dst, config.block_n), cdiv(c_src, config.block_k)
+    taps = _taps(geometry) if forward else geometry.taps
+    elements = problem.batch * channels * prod(geometry.output_size(size) if forward else size)
+    splits = configs.gather_splits(programs, taps * blocks, elements, target)
+    return Plan("gemm", why, how, config, splits)

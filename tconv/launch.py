@@ -456,8 +456,18 @@ def gather(
         noted, weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, int(chosen.precision == "tf32")
     )
     constants |= dict(EVEN_C=c_src % config.block_k == 0, PRECISION=chosen.precision, BLOCK_K=config.block_k)
-    grid = tiles * (packed.shape[1] // config.block_n) * g
-    noted.launch(gather_gemm, grid, source, packed, bias, destination, *scalars, **constants)
+    grid = tiles * (packed.shape[1] // config.block_n) * g * chosen.splits
+    if chosen.splits == 1:
+        noted.launch(gather_gemm, grid, source, packed, bias, destination, *scalars, 1, 0, **constants)
+        return
+    from .kernels.reduce import sum_splits
+
+    count = destination.numel()
+    dtype = torch.float64 if source.dtype is torch.float64 else torch.float32
+    partials = noted.workspace((chosen.splits, count), dtype, source)
+    noted.launch(gather_gemm, grid, source, packed, bias, partials, *scalars, chosen.splits, count, **constants)
+    block = 1024
+    noted.launch(sum_splits, cdiv(count, block), partials, destination, count, chosen.splits, BLOCK=block)
 
 
 def _sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:

@@ -29,7 +29,7 @@ KERNELS = {
     "gemm": ("gather_gemm", "weight_gemm"),
     "pack": ("pack_weight",),
     "direct": ("gather_direct", "weight_direct"),
-    "reduce": ("sum_partials", "sum_pixels"),
+    "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "shift": ("shift",),
     "rounding": ("round_dense",),
 }

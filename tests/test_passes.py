@@ -12,6 +12,9 @@ from oracle import ATEN, assert_no_worse, errors, oracle, passes
 
 import tconv
 from tconv import launch
+from tconv.configs import Target
+
+explain = sys.modules["tconv.explain"]  # the module, not the function of its name
 
 TCONV = {1: tconv.conv_transpose1d, 2: tconv.conv_transpose2d, 3: tconv.conv_transpose3d}
 
@@ -134,6 +137,29 @@ def test_channels_last(case, precision, device):
     output = check(case, precision, device, channels_last=True)[0]
     if output.shape[1] > 1 and case.input[2:] != (1, 1):  # a single pixel has no memory format
         assert output.is_contiguous(memory_format=LAST[output.ndim])
+
+
+SPLIT = [
+    Case("2d_one_pixel_k4", (1, 130, 1, 1), (130, 20, 4, 4), dict(stride=2, padding=1)),
+    Case("2d_k4s2p1_wide", (1, 130, 2, 3), (130, 20, 4, 4), dict(stride=2, padding=1)),
+    Case("3d_k3s2_groups2", (1, 60, 2, 2, 2), (60, 20, 3, 3, 3), dict(stride=2, padding=1, groups=2), False),
+]
+
+
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.id)
+def test_small_grids_split_their_sums(case, precision, last, device, monkeypatch):
+    if device == "cpu":
+        if precision not in ("float64", "bfloat16"):
+            pytest.skip("the interpreter is slow")
+        monkeypatch.setattr(launch, "target_of", lambda device: Target("interpreter", 0, 132))
+        monkeypatch.setattr(explain, "target_of", launch.target_of)
+    check(case, precision, device, channels_last=last)
+    input, weight, bias, _ = make(case, getattr(torch, precision, torch.float32), device, last)
+    told = tconv.explain(input, weight, bias, **case.layer).passes
+    assert told[0].plan.splits > 1 or case.id == "3d_k3s2_groups2"
+    assert told[1].plan.splits > 1 and f"sum in {told[1].plan.splits} parts" in str(told[1])
 
 
 @pytest.mark.parametrize("case, precision", some(CASES, "ieee"))

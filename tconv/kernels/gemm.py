@@ -19,14 +19,14 @@ from .common import (
 )
 
 
-@triton.jit(repr=kernel_name("tconv_gather_gemm"), do_not_specialize=GATHER_SCALARS)
+@triton.jit(repr=kernel_name("tconv_gather_gemm"), do_not_specialize=[*GATHER_SCALARS, "splits", "dst_split"])
 def gather_gemm(
     src, packed, bias, dst,
     batch, c_src, c_dst,  # channels are those of one group
     d_src, h_src, w_src, d_dst, h_dst, w_dst,
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
     gcdd, gcdh, gcdw, invd, invh, invw,
-    src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w,
+    src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, splits, dst_split,
     FORWARD: tl.constexpr, SRC_LAYOUT: tl.constexpr, DST_LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN_C: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOX_W: tl.constexpr,
@@ -35,7 +35,8 @@ def gather_gemm(
 
     Implicit GEMM: M = destination pixels of one phase (rows of BOX_W pixels), N = destination
     channels of one group, K = taps of the phase times source channels.  `packed` is the weight as
-    [group, tap, c_dst, c_src], zero-padded to whole tiles.
+    [group, tap, c_dst, c_src], zero-padded to whole tiles.  Each of `splits` adds a part of the steps along K and
+    writes it dst_split elements behind the one before; the first adds the bias.
     """
     ROWS: tl.constexpr = BLOCK_M // BOX_W
     src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
@@ -62,6 +63,8 @@ def gather_gemm(
     pid = tl.program_id(0)
     tile_n = pid % tiles_n
     pid = pid // tiles_n
+    split = pid % splits
+    pid = pid // splits
     # A stride beyond the output's size has phases without outputs.
     used_d = tl.minimum(phases_d, d_dst)
     used_h = tl.minimum(phases_h, h_dst)
@@ -109,7 +112,9 @@ def gather_gemm(
     src_base = src + group_c * src_c
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for i in range(count_d * count_h * count_w * blocks):
+    steps = count_d * count_h * count_w * blocks
+    per_split = tl.cdiv(steps, splits)
+    for i in range(split * per_split, tl.minimum((split + 1) * per_split, steps)):
         block = i % blocks
         t = i // blocks
         jw = t % count_w
@@ -140,7 +145,7 @@ def gather_gemm(
     co_ok = co < c_dst
     channel = group * c_dst + co
     if HAS_BIAS:
-        acc += tl.load(bias + channel, mask=co_ok, other=0.0).to(ACC)[None, :]
+        acc += tl.load(bias + channel, mask=co < tl.where(split == 0, c_dst, 0), other=0.0).to(ACC)[None, :]
     od = qd * phases_d + phase_d
     oh = qh * phases_h + phase_h
     ow = qw * phases_w + phase_w
@@ -148,7 +153,8 @@ def gather_gemm(
     if LARGE:
         channel = channel.to(tl.int64)
     out = n * dst_n + od * dst_d + oh * dst_h + ow * dst_w
-    store_tile(dst, out, channel * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAYOUT)
+    part = dst + split.to(tl.int64) * dst_split
+    store_tile(part, out, channel * dst_c, acc, ok[:, None] & co_ok[None, :], DST_LAYOUT)
 
 
 @triton.jit(

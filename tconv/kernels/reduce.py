@@ -1,4 +1,4 @@
-"""Deterministic reductions: the second stage of backward_weight, and backward_bias.
+"""Deterministic reductions: the second stage of backward_weight and of split gathers, and backward_bias.
 
 They add in float64: long plain sums are where fp32 would lose against torch's cascades, and both kernels wait
 for memory.
@@ -29,6 +29,20 @@ def sum_partials(
     if grad.dtype.element_ty != tl.float64:
         acc = acc.to(tl.float32)  # the interpreter has no conversion from float64 to 16 bits
     tl.store(grad + out, acc.to(grad.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["count", "splits"])
+def sum_splits(partial, total, count, splits, BLOCK: tl.constexpr):
+    """total[i] = sum over splits of partial[split, i], i < count, in the order of the splits."""
+    size = count.to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    acc = tl.zeros((BLOCK,), tl.float64)
+    for split in range(splits):
+        acc += tl.load(partial + split * size + i, mask=ok, other=0.0).to(tl.float64)
+    if total.dtype.element_ty != tl.float64:
+        acc = acc.to(tl.float32)  # the interpreter has no conversion from float64 to 16 bits
+    tl.store(total + i, acc.to(total.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize="batch channels d_out h_out w_out y_n y_c y_d y_h y_w per_split".split())
