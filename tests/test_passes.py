@@ -158,7 +158,7 @@ def test_small_grids_split_their_sums(case, precision, last, device, monkeypatch
     check(case, precision, device, channels_last=last)
     input, weight, bias, _ = make(case, getattr(torch, precision, torch.float32), device, last)
     told = tconv.explain(input, weight, bias, **case.layer).passes
-    assert told[0].plan.splits > 1 or case.id == "3d_k3s2_groups2"
+    assert told[0].plan.splits > 1 or case.id == "3d_k3s2_groups2" or input.itemsize == 2  # too few steps
     assert told[1].plan.splits > 1 and f"sum in {told[1].plan.splits} parts" in str(told[1])
 
 
