@@ -18,7 +18,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import configs, shift
+from . import configs, few, shift
 from .configs import Config, Target, cdiv
 from .geometry import Geometry
 
@@ -75,12 +75,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("shift", "gemm", "direct" or "aten"), its configuration and the reason in words."""
+    """A decision: the kernel family ("few", "shift", "gemm", "direct" or "aten"), its configuration and the reason."""
 
     family: str
     reason: str
     precision: str = ""
-    config: Config | shift.Shift | None = None
+    config: Config | few.Few | shift.Shift | None = None
     splits: int = 1
     tiles_per_split: int = 0
 
@@ -128,11 +128,11 @@ _without: tuple[str, ...] = ()
 def without(*families: str) -> Iterator[None]:
     """Inside, in every thread, `plan` does without some families, to measure or test the others.
 
-    families: of "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
+    families: of "few", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
     """
     global _without
-    if unknown := [name for name in families if name not in ("shift", "aten")]:
-        raise ValueError(f"families: expected shift or aten, got {unknown[0]!r}")
+    if unknown := [name for name in families if name not in ("few", "shift", "aten")]:
+        raise ValueError(f"families: expected few, shift or aten, got {unknown[0]!r}")
     before, _without = _without, families
     try:
         yield
@@ -235,6 +235,14 @@ def _leave(problem: Problem, is_direct: bool, target: Target) -> Plan | None:
 HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+def _few(problem: Problem, how: str, target: Target) -> few.Few | None:
+    """The few-channel kernel's tile, or None where it does not take the problem."""
+    p, g = problem, problem.geometry.groups
+    if "few" in target.without or few.refuse(p.geometry, p.c_in // g, p.c_out // g, p.large, how, p.source):
+        return None
+    return few.choose(p.geometry, p.batch, p.c_in // g, p.c_out // g, p.input_size, target)
+
+
 def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
     """The shift kernel's tile, or why it does not take the problem."""
     p = problem
@@ -260,59 +268,71 @@ def plan(problem: Problem, target: Target) -> Plan:
     geometry, size = problem.geometry, problem.input_size
     if not problem.c_out:
         return Plan("aten", "there are no output channels")
-    # The kernels index an axis in 32 bits, padded to whole tiles of at most 256 pixels.
-    reach = [o + 2 * a.padding + 256 * a.stride + a.dilation for a, o in zip(geometry.axes, geometry.output_size(size))]
+    # The kernels index an axis in 32 bits, padded to whole tiles of at most 1024 pixels.
+    reach = [
+        o + 2 * a.padding + 1024 * a.stride + a.dilation for a, o in zip(geometry.axes, geometry.output_size(size))
+    ]
     if max(reach) >= 2**31 - 2**16:
         return Plan("aten", "a spatial axis or its stride is too long for 32-bit indices")
     g = geometry.groups
     c_in, c_out = problem.c_in // g, problem.c_out // g
     is_direct = g > 1 and max(c_in, c_out) <= DIRECT_CHANNELS
-    why = (
-        f"{c_in} to {c_out} channels a group would fill {max(c_in, c_out)}/16 of a tensor-core tile"
-        if is_direct
-        else f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
-    )
     if left := _leave(problem, is_direct, target):
         return left
     how = "" if is_direct else precision(problem, target)
-    element_size = problem.dtype.itemsize
+    why = f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
+    if problem.direction == "forward":
+        if thin := _few(problem, how, target):
+            return Plan("few", f"{why}: too few for the tensor core", "", thin)
+        if not is_direct:
+            tile, refused = _shift(problem, how, target)
+            if tile:
+                return Plan("shift", why, how, tile)
+            why += f"; {refused}"
+    if is_direct:
+        why += f" would fill {max(c_in, c_out)}/16 of a tensor-core tile"
     if problem.direction == "backward_weight":
-        rows = problem.batch * prod(size[:-1])
-        width = size[-1]
-        if is_direct:
-            columns = problem.c_in * c_out
-            config = configs.direct(rows, width, columns, problem.channels_last, target)
-            pixels, programs = config.block_m, geometry.taps * cdiv(columns, config.block_n)
-        else:
-            config = configs.weight_gemm(rows, width, c_in, c_out, element_size, how, problem.channels_last, target)
-            pixels = config.block_k
-            programs = geometry.taps * g * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
-        tiles = cdiv(rows, pixels // config.box_w) * cdiv(width, config.box_w)
-        elements = geometry.taps * problem.c_in * c_out
-        splits, per_split = configs.splits(tiles, programs, elements, pixels, target)
-        return Plan("direct" if is_direct else "gemm", why, how, config, splits, per_split)
-    forward = problem.direction == "forward"
-    if forward and not is_direct:
-        tile, refused = _shift(problem, how, target)
-        if tile:
-            return Plan("shift", why, how, tile)
-        why += f"; {refused}"
-    if forward:
-        output = geometry.output_size(size)
+        return _weight_sums(problem, is_direct, how, why, target)
+    return _gather(problem, is_direct, how, why, target)
+
+
+def _weight_sums(problem: Problem, is_direct: bool, how: str, why: str, target: Target) -> Plan:
+    """The portable plan of backward_weight."""
+    geometry, size, g = problem.geometry, problem.input_size, problem.geometry.groups
+    c_in, c_out = problem.c_in // g, problem.c_out // g
+    rows, width = problem.batch * prod(size[:-1]), size[-1]
+    if is_direct:
+        columns = problem.c_in * c_out
+        config = configs.direct(rows, width, columns, problem.channels_last, target)
+        pixels, programs = config.block_m, geometry.taps * cdiv(columns, config.block_n)
+    else:
+        element_size = problem.dtype.itemsize
+        config = configs.weight_gemm(rows, width, c_in, c_out, element_size, how, problem.channels_last, target)
+        pixels = config.block_k
+        programs = geometry.taps * g * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
+    tiles = cdiv(rows, pixels // config.box_w) * cdiv(width, config.box_w)
+    elements = geometry.taps * problem.c_in * c_out
+    splits, per_split = configs.splits(tiles, programs, elements, pixels, target)
+    return Plan("direct" if is_direct else "gemm", why, how, config, splits, per_split)
+
+
+def _gather(problem: Problem, is_direct: bool, how: str, why: str, target: Target) -> Plan:
+    """The portable plan of the forward pass or backward_input."""
+    geometry, size, g = problem.geometry, problem.input_size, problem.geometry.groups
+    if problem.direction == "forward":
+        output, taps = geometry.output_size(size), _taps(geometry)
         quotient = [cdiv(o, s) for o, s in zip(output, geometry.stride)]
         phases = prod(min(o, s) for o, s in zip(output, geometry.stride))
-        c_src, c_dst, channels = c_in, c_out, problem.c_out
+        c_src, c_dst = problem.c_in // g, problem.c_out // g
     else:
-        quotient, phases, c_src, c_dst, channels = list(size), 1, c_out, c_in, problem.c_in
+        output, taps, quotient, phases = size, geometry.taps, list(size), 1
+        c_src, c_dst = problem.c_out // g, problem.c_in // g
     rows, width = problem.batch * prod(quotient[:-1]), quotient[-1]
+    last, element_size = problem.channels_last, problem.dtype.itemsize
     if is_direct:
-        return Plan("direct", why, how, configs.direct(rows, width, channels, problem.channels_last, target))
-    config = configs.gather_gemm(
-        rows, width, phases * g, c_src, c_dst, element_size, how, problem.channels_last, problem.large, target
-    )
+        return Plan("direct", why, how, configs.direct(rows, width, c_dst * g, last, target))
+    config = configs.gather_gemm(rows, width, phases * g, c_src, c_dst, element_size, how, last, problem.large, target)
     pixels = cdiv(rows, config.block_m // config.box_w) * cdiv(width, config.box_w)
-    programs, blocks = pixels * phases * g * cdiv(c_dst, config.block_n), cdiv(c_src, config.block_k)
-    taps = _taps(geometry) if forward else geometry.taps
-    elements = problem.batch * channels * prod(geometry.output_size(size) if forward else size)
-    splits = configs.gather_splits(programs, taps * blocks, elements, target)
-    return Plan("gemm", why, how, config, splits)
+    programs, steps = pixels * phases * g * cdiv(c_dst, config.block_n), taps * cdiv(c_src, config.block_k)
+    elements = problem.batch * c_dst * g * prod(output)
+    return Plan("gemm", why, how, config, configs.gather_splits(programs, steps, elements, target))

@@ -5,12 +5,13 @@ The kernels are imported at the first launch, so that tconv imports where Triton
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import gcd, prod
 
 import torch
 
-from . import aten, record, shift
+from . import aten, few, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry
@@ -149,7 +150,9 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     if chosen.family == "aten":
         return noted.leave(key, partial(aten.forward, geometry=geometry), input, weight, bias)
     with on_device(input):
-        if chosen.family == "shift":
+        if chosen.family == "few":
+            forward_few(noted, chosen, input, weight, bias, output, geometry)
+        elif chosen.family == "shift":
             forward_shift(noted, chosen, input, weight, bias, output, geometry)
         else:
             gather(noted, chosen, input, weight, bias, output, geometry, True, problem.large)
@@ -359,6 +362,30 @@ def _order(w_t: int, taps, c_dst: int, kernel) -> str:
         if all(has == wants or n == 1 for has, (wants, n) in zip((w_t, *taps), lies)):
             return name
     return "strided"
+
+
+def forward_few(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
+    """Launch the few-channel kernel; 1-d and 2-d layers run as 3-d ones of one row or one plane."""
+    from .kernels.few import gather_few
+
+    g = geometry.groups
+    c_in, c_out = input.shape[1] // g, output.shape[1] // g
+    w_i, w_o, w_d, w_h, w_w = strides5(weight)
+    assert isinstance(chosen.config, few.Few)
+    tile = replace(chosen.config, weight=(w_o, w_h, w_w))
+    size, depth = sizes3(output.shape[2:]), geometry.axes3[0]
+    noted.launch(
+        gather_few, few.programs(tile, geometry, input.shape[0], c_out, size),
+        input, weight, output if bias is None else bias, output,
+        input.shape[0], c_in, c_out, g, *sizes3(input.shape[2:]), *size,
+        depth.kernel, depth.stride, depth.padding, depth.dilation, depth.gcd, depth.inverse,
+        *strides5(input)[:4], *strides5(output), c_in * w_i, w_i, w_d,
+        DST_WIDTH=layout(output) == "width",
+        HAS_BIAS=bias is not None,
+        ACC=accumulator(input.dtype),
+        t=tile,
+        num_warps=few.WARPS,
+    )  # fmt: skip
 
 
 def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:

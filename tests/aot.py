@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
 
+import tconv.few  # noqa: E402
 import tconv.shift  # noqa: E402
 
 MATRIX_INSTRUCTIONS = {
@@ -52,8 +53,8 @@ def compile_launch(job):
     constants = dict(launch["constants"])
     if "ACC" in constants:
         constants["ACC"] = getattr(tl, constants["ACC"])
-    if "p" in constants:
-        constants["p"] = eval(constants["p"], vars(tconv.shift))  # a dataclass as it prints itself
+    for name in {"p", "t"} & constants.keys():  # a tile, as a dataclass prints itself
+        constants[name] = eval(constants[name], vars(tconv.shift) | vars(tconv.few))
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name], _, specialisation = launch["types"].get(name, "constexpr").partition(" ")

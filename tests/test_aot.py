@@ -28,6 +28,7 @@ from tconv.geometry import Geometry
 KERNELS = {
     "gemm": ("gather_gemm", "weight_gemm"),
     "pack": ("pack_weight",),
+    "few": ("gather_few",),
     "direct": ("gather_direct", "weight_direct"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "shift": ("shift",),
@@ -70,6 +71,9 @@ LAYERS = {
     "by-row-bf16-nhwc": (layer(64, 64, 7, (128, 128), 8, padding=3), BF16, LAST, True),
     "tiles-bf16-nhwc": (layer(64, 48, 2, (128, 128), 8, stride=2), BF16, LAST, True),
     "image-bf16-nhwc": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, LAST, True),
+    "image-bf16-nchw": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, FIRST, True),
+    "image-fp32-nchw": (layer(56, 1, 9, (270, 480), 1, stride=4, padding=4, output_padding=3), FP32, FIRST, False),
+    "innermost-fp32-nchw": (layer(512, 512, 4, (2, 2), 1, stride=2, padding=1), FP32, FIRST, True),
     "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),
     "volume-groups-fp32": (layer(32, 32, 3, (16, 32, 32), 8, stride=2, groups=4), FP32, FIRST, True),
     "vocoder-fp16": (layer(512, 256, 16, (32,), 16, stride=8, padding=4), FP16, FIRST, True),
@@ -118,8 +122,9 @@ class Recorder:
         if "ACC" in constants:
             constants["ACC"] = constants["ACC"].name.replace("fp", "float")
         arguments = dict(zip(self.names, args, strict=False))
-        if "p" in arguments:
-            constants["p"] = repr(arguments.pop("p"))
+        for name in ("p", "t"):  # a tile, as a dataclass prints itself
+            if name in arguments or name in constants:
+                constants[name] = repr(arguments.pop(name, None) or constants[name])
         assert set(self.names) == set(arguments) | set(constants)
         self.launches.append(
             dict(
