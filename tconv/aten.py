@@ -14,18 +14,26 @@ import torch
 
 from .geometry import Geometry
 
-_flag = threading.Lock()  # or two threads could leave each other's value behind
+_lock = threading.Lock()
+_inside, _before = 0, False  # threads inside, and what the flag was when the first came
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    with _flag:
-        before = torch.backends.cudnn.deterministic
-        torch._C._set_cudnn_deterministic(True)
-        try:
-            yield
-        finally:
-            torch._C._set_cudnn_deterministic(before)
+    """torch's flag is the process's: a convolution of torch's own in another thread sees it set meanwhile."""
+    global _inside, _before
+    with _lock:
+        if not _inside:
+            _before = torch.backends.cudnn.deterministic
+            torch._C._set_cudnn_deterministic(True)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch._C._set_cudnn_deterministic(_before)
 
 
 def backward_bias(grad_output) -> torch.Tensor:

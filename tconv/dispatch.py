@@ -121,12 +121,13 @@ def _is_plain(t: torch.Tensor) -> bool:
     return (default or own is torch._C._disabled_torch_function_impl) and not is_traceable_wrapper_subclass(t)
 
 
-_without: tuple[str, ...] = ()
+_without: tuple[str, ...] = ()  # what `without` says
 
 
 @contextmanager
 def without(*families: str) -> Iterator[None]:
-    """Inside, in every thread, `plan` does without some families, to measure or test the others.
+    """Inside, in every thread, `plan` does without some families, to measure or test the others.  An inner one replaces
+    what an outer one says; threads should not have different ones at a time.
 
     families: of "few", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
     """
@@ -142,12 +143,17 @@ def without(*families: str) -> Iterator[None]:
 
 def flags() -> tuple:
     """What besides tensors and layer a plan depends on, as it stands now."""
-    return allow_tf32(), _without
+    return allow_tf32(), _left_out()
+
+
+def _left_out() -> tuple[str, ...]:
+    """The families that are not to be chosen: aten is no choice where its cuDNN is switched off."""
+    return _without if torch.backends.cudnn.enabled or "aten" in _without else (*_without, "aten")
 
 
 def target_of(device: torch.device) -> Target:
     """The Target of a tensor's device; of each device it is worked out once."""
-    return _target(device, _without)
+    return _target(device, _left_out())
 
 
 @cache
@@ -210,37 +216,42 @@ def unsupported(target: Target) -> str | None:
     return None
 
 
-# What aten's gradients measured on an H100 and an H200: tconv's portable kernels' time over cuDNN's (geometric means
-# over core).  In IEEE fp32 they take as long as each other, and of depthwise weights' gradients too.
+# What aten's gradients measured on an H100 and an H200: the time of the kernels that every GPU runs over cuDNN's
+# (geometric means over core).  In IEEE fp32 they are level, but for depthwise grad_input; so are depthwise weights'.
 LEFT = {
-    "backward_input": "cuDNN's gradient measured 2.5 times faster",
-    "backward_weight": "cuDNN's gradient measured 3.4 times faster",
+    "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
+    "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
 }
 
 
-def _leave(problem: Problem, is_direct: bool, target: Target) -> Plan | None:
+def _leave(problem: Problem, is_direct: bool, how: str, target: Target) -> Plan | None:
     """The plan to leave a gradient to aten where that is faster."""
     p = problem
     if p.direction == "forward" or target.backend != "cuda" or "aten" in target.without or p.large:
         return None
+    half = p.dtype in HALF
     if p.direction == "backward_input":
-        faster = p.dtype in HALF or p.tf32 or is_direct
+        left = half or p.tf32 or is_direct  # with TF32 allowed cuDNN decides where to use it, as it does for torch
     else:
-        # cuDNN's deterministic algorithms truncate some layers' operands to TF32; so they get rounded ones.
-        faster = not is_direct and (p.dtype in HALF or (p.tf32 and p.dense))
-    rounded = p.direction == "backward_weight" and p.dtype is torch.float32
-    return Plan("aten", LEFT[p.direction], "tf32" if rounded else "") if faster else None
+        # cuDNN's deterministic algorithms truncate some layers' operands to TF32: they get rounded ones, and no layer
+        # that is to have better than TF32.
+        left = not is_direct and (half or (how == "tf32" and p.dense))
+    rounded = p.direction == "backward_weight" and not half
+    return Plan("aten", LEFT[p.direction], "tf32" if rounded else "") if left else None
 
 
 HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def _few(problem: Problem, how: str, target: Target) -> few.Few | None:
-    """The few-channel kernel's tile, or None where it does not take the problem."""
+def _few(problem: Problem, how: str, target: Target) -> tuple[few.Few | None, str]:
+    """The few-channel kernel's tile, or why it does not take the problem: "" if its channels are not few."""
     p, g = problem, problem.geometry.groups
-    if "few" in target.without or few.refuse(p.geometry, p.c_in // g, p.c_out // g, p.large, how, p.source):
-        return None
-    return few.choose(p.geometry, p.batch, p.c_in // g, p.c_out // g, p.input_size, target)
+    if "few" in target.without:
+        return None, "the few-channel kernel is left out"
+    if refused := few.refuse(p.geometry, p.c_in // g, p.c_out // g, p.large, how, p.source):
+        return None, "" if refused == few.FULL else refused
+    tile = few.choose(p.geometry, p.batch, p.c_in // g, p.c_out // g, p.input_size, target)
+    return tile, "too few pixels for the few-channel kernel"
 
 
 def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
@@ -277,20 +288,22 @@ def plan(problem: Problem, target: Target) -> Plan:
     g = geometry.groups
     c_in, c_out = problem.c_in // g, problem.c_out // g
     is_direct = g > 1 and max(c_in, c_out) <= DIRECT_CHANNELS
-    if left := _leave(problem, is_direct, target):
-        return left
     how = "" if is_direct else precision(problem, target)
+    if left := _leave(problem, is_direct, how, target):
+        return left
     why = f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
     if problem.direction == "forward":
-        if thin := _few(problem, how, target):
+        thin, refused = _few(problem, how, target)
+        if thin:
             return Plan("few", f"{why}: too few for the tensor core", "", thin)
+        why += f"; {refused}" if refused else ""
         if not is_direct:
             tile, refused = _shift(problem, how, target)
             if tile:
                 return Plan("shift", why, how, tile)
             why += f"; {refused}"
     if is_direct:
-        why += f" would fill {max(c_in, c_out)}/16 of a tensor-core tile"
+        why += f"; they would fill {max(c_in, c_out)}/16 of a tensor-core tile"
     if problem.direction == "backward_weight":
         return _weight_sums(problem, is_direct, how, why, target)
     return _gather(problem, is_direct, how, why, target)

@@ -41,11 +41,8 @@ class Few:
     unroll: int  # input channels
     pixels: int
     box: int  # of them that lie side by side
-    weight: tuple[int, int, int] = (
-        0,
-        0,
-        0,
-    )  # its strides along output channels, height and width, as the launch has them
+    # The weight's strides along output channels, height and width; the launch has them.
+    weight: tuple[int, ...] = ()
 
     @property
     def phases(self) -> int:
@@ -62,13 +59,17 @@ class Few:
         )
 
 
+FULL = "not few channels"
+
+
 def refuse(geometry: Geometry, c_in: int, c_out: int, large: bool, how: str, source: str) -> str:
     """Why the kernel does not take a forward pass, or "".  c_in and c_out are a group's."""
     _, height, width = geometry.axes3
     few = max(c_in, c_out) <= GROUP if geometry.groups > 1 else c_in <= FEW_IN and c_out <= WITH_FEW_IN
     few = few or (geometry.groups == 1 and c_out <= FEW_OUT.get(how, 8))
+    if not few:
+        return FULL
     for bad, why in (
-        (not few, "not few channels"),
         (large, "the few-channel kernel has 32-bit offsets"),
         (source != "width", "the few-channel kernel reads along the width"),
         (

@@ -167,13 +167,13 @@ def _conv_transpose_aten(input, weight, bias, *layer):
 
 def _backward_input_aten(grad_output, weight, input_size, *layer):
     like = grad_output.new_empty((grad_output.shape[0], weight.shape[0], *input_size))
-    return aten.backward(grad_output, like, weight, _geometry(weight.shape[2:], layer), 0)
+    return aten.backward_input(grad_output, weight, like, _geometry(weight.shape[2:], layer))
 
 
 def _backward_weight_aten(grad_output, input, kernel_size, *layer):
     geometry = _geometry(kernel_size, layer)
     like = input.new_empty((input.shape[1], grad_output.shape[1] // geometry.groups, *kernel_size))
-    return aten.backward(grad_output, input, like, geometry, 1)
+    return aten.backward_weight(grad_output, input, like, geometry)
 
 
 def _register_autograd(name: str, setup, backward, aten) -> None:

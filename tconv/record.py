@@ -95,14 +95,22 @@ class Record:
         """End with the result that `function` makes of `inputs`, which are the call's tensors or were allocated here,
         in the memory format of the one that was asked for; let `find` find this."""
         places = tuple(next(n for n, t in enumerate(self._known) if t is i) for i in inputs)
-        format = self._allocations[0]["memory_format"]
-        if len(self._allocations) == 1 and not any(t is self._known[-1] for t in inputs):
+        result = self._known[-len(self._allocations)]
+        assert result is not None
+        promised, format = result.stride(), self._allocations[0]["memory_format"]
+        if len(self._allocations) == 1 and not any(t is result for t in inputs):
             self._allocations = []  # the function allocates its result by itself
         self._known = []
-        self._left = lambda known: function(*(known[n] for n in places)).contiguous(memory_format=format)
+
+        def make(*inputs) -> torch.Tensor:
+            made = function(*inputs).contiguous(memory_format=format)
+            # Of dimensions of size 1 the strides can differ.
+            return made if made.stride() == promised else made.as_strided(made.shape, promised)
+
+        self._left = lambda known: make(*(known[n] for n in places))
         if self._complete:
             _keep(key, self)
-        return function(*inputs).contiguous(memory_format=format)
+        return make(*inputs)
 
     def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
         """Carry it out on other tensors; returns the result."""

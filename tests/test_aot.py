@@ -73,7 +73,7 @@ LAYERS = {
     "image-bf16-nhwc": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, LAST, True),
     "image-bf16-nchw": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, FIRST, True),
     "image-fp32-nchw": (layer(56, 1, 9, (270, 480), 1, stride=4, padding=4, output_padding=3), FP32, FIRST, False),
-    "innermost-fp32-nchw": (layer(512, 512, 4, (2, 2), 1, stride=2, padding=1), FP32, FIRST, True),
+    "innermost-fp32-nchw": (layer(512, 512, 4, (2, 2), 16, stride=2, padding=1), FP32, FIRST, True),
     "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),
     "volume-groups-fp32": (layer(32, 32, 3, (16, 32, 32), 8, stride=2, groups=4), FP32, FIRST, True),
     "vocoder-fp16": (layer(512, 256, 16, (32,), 16, stride=8, padding=4), FP16, FIRST, True),

@@ -2,8 +2,8 @@
 
 A call's `ms` is what the device spends on it.  A short wait is queued on the device before each call, so that the
 host is ahead when the call's first kernel may start, and the host's own time is a figure of its own, `host_us`.  A
-call for which the host took longer than that wait says nothing about the device and does not count, unless all of a
-provider's calls are so.
+call for which the host took longer than that wait says nothing about the device and does not count, where a provider
+has calls enough without.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 CYCLES_PER_SECOND = 2e9  # torch.cuda._sleep counts the SM's clock; too high a guess makes the wait a little longer
 LONGEST_WAIT = 5e-3  # seconds
+LEAST_COUNTED = 3  # calls whose host was not late; with fewer, all count
 WARM_UP = 3  # calls of each provider between the check and the first round
 
 
@@ -127,7 +128,8 @@ def interleave(runs: list[Run], budget: float, fewest: int, most: int, flush: to
 
 def statistics_of(run: Run) -> dict:
     """Median and interquartile range of the device's time, and the host's median time a call."""
-    counted = run.events if all(run.late) else [e for e, late in zip(run.events, run.late) if not late]
+    counted = [e for e, late in zip(run.events, run.late) if not late]
+    counted = counted if len(counted) >= LEAST_COUNTED else run.events
     times = sorted(start.elapsed_time(end) for start, end in counted)
     quarter, three = times[len(times) // 4], times[(3 * len(times)) // 4]
     return {

@@ -129,7 +129,7 @@ def portable(work: Work):
 def families(name: str, work: Work) -> str:
     """Which kernel family tconv, as a provider of this name, runs each pass of a layer with, joined by commas; of
     other providers ""."""
-    if not name.startswith("tconv") or work.is_problem:
+    if name not in ("tconv", "tconv-portable", "tconv-graph") or work.is_problem:
         return ""
     with dispatch.without(*(("shift", "aten") if name == "tconv-portable" else ())):
         told = explain(work.input, work.weight, work.bias, **work.layer.options)

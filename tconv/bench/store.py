@@ -98,7 +98,7 @@ class Store:
 
     def spend(self, seconds: dict[str, float]) -> None:
         for name, value in seconds.items():
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + value, 1)
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     def _write(self, message: dict) -> None:
         self.file.write(json.dumps(message) + "\n")
@@ -119,7 +119,7 @@ class Store:
         head = dict(self.head or {})
         if self.clocks:
             head["clocks_at_end"] = self.clocks
-        head["gpus"], head["seconds"] = settings.gpus, self.seconds
+        head["gpus"], head["seconds"] = settings.gpus, {k: round(v, 1) for k, v in self.seconds.items()}
         rows = [{key: rounded(value) for key, value in row.items()} for row in self.rows]
         result = {"head": head, "settings": settings.kept(), "rows": rows, "first_calls": self.first}
         self.path.write_text(dump(result))

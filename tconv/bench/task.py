@@ -172,9 +172,9 @@ class Task:
             if provider.needs_gpu and not gpu:
                 continue
             row = base | {"provider": name, "rival": provider.rival, "graph": provider.graph}
-            row["family"] = providers.families(name, work)
             run = Run(name, lambda: None, provider.benchmark, provider.own_thread, pass_name == "training")
             try:
+                row["family"] = providers.families(name, work)
                 with spent("making " + name):
                     function = measure.call(run, partial(provider.make, work))
                 if function is None:
@@ -224,20 +224,8 @@ class Task:
 
 COLUMNS = (
     *("suite", "case", "pass", "dtype", "precision", "memory_format", "provider", "ms", "ms_spread", "tflops", "gbps"),
-    *(
-        "roof_ms",
-        "roof_share",
-        "max_err",
-        "rms_err",
-        "status",
-        "note",
-        "family",
-        "host_us",
-        "rounds",
-        "cold_l2",
-        "flops",
-    ),
-    *("bytes", "rival", "graph", "classes", "layer"),
+    *("roof_ms", "roof_share", "max_err", "rms_err", "status", "note", "family", "host_us", "rounds", "cold_l2"),
+    *("flops", "bytes", "rival", "graph", "classes", "layer"),
 )
 
 

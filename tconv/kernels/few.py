@@ -96,7 +96,7 @@ def gather_few(
     id0 = qd + off_d
     pixel = n * src_n + id0 * src_d + qh * src_h + qw + group * c_src * src_c
     co0 = block * t.channels
-    weights = weight + group.to(tl.int64) * w_g + co0 * t.weight[0]
+    weights = weight + group.to(tl.int64) * w_g + co0.to(tl.int64) * t.weight[0]
 
     sums = ()
     for _ in tl.static_range(tl.constexpr(t.sums)):

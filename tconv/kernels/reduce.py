@@ -10,39 +10,38 @@ import triton.language as tl
 from .common import known_strides, load_tile, split_row, widen
 
 
+@triton.jit
+def _sum(partial, i, size, splits, to):
+    """The sum over splits of partial[split, i], i < size, in the order of the splits, as `to` holds it."""
+    acc = tl.zeros(i.shape, tl.float64)
+    for split in range(splits):
+        acc += tl.load(partial + split * size + i, mask=i < size, other=0.0).to(tl.float64)
+    if to.dtype.element_ty != tl.float64:
+        acc = acc.to(tl.float32)  # the interpreter has no conversion from float64 to 16 bits
+    return acc.to(to.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize="splits taps columns c_out kh kw g_i g_o g_d g_h g_w".split())
 def sum_partials(
     partial, grad, splits, taps, columns, c_out, kh, kw, g_i, g_o, g_d, g_h, g_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad[ci, co, kd, kh, kw] = sum over splits of partial[split, tap, ci, co], in the order of the splits."""
+    """grad[ci, co, kd, kh, kw] = sum over splits of partial[split, tap, ci, co]."""
     size = taps.to(tl.int64) * columns
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < size
-    acc = tl.zeros((BLOCK,), tl.float64)
-    for split in range(splits):
-        acc += tl.load(partial + split * size + i, mask=ok, other=0.0).to(tl.float64)
     tap = i // columns
     ci = i % columns // c_out
     co = i % c_out
     out = ci * g_i + co * g_o + tap // (kh * kw) * g_d + tap // kw % kh * g_h + tap % kw * g_w
-    if grad.dtype.element_ty != tl.float64:
-        acc = acc.to(tl.float32)  # the interpreter has no conversion from float64 to 16 bits
-    tl.store(grad + out, acc.to(grad.dtype.element_ty), mask=ok)
+    tl.store(grad + out, _sum(partial, i, size, splits, grad), mask=i < size)
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def sum_splits(partial, total, count, splits, BLOCK: tl.constexpr):
-    """total[i] = sum over splits of partial[split, i], i < count, in the order of the splits."""
+    """total[i] = sum over splits of partial[split, i], i < count."""
     size = count.to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < size
-    acc = tl.zeros((BLOCK,), tl.float64)
-    for split in range(splits):
-        acc += tl.load(partial + split * size + i, mask=ok, other=0.0).to(tl.float64)
-    if total.dtype.element_ty != tl.float64:
-        acc = acc.to(tl.float32)  # the interpreter has no conversion from float64 to 16 bits
-    tl.store(total + i, acc.to(total.dtype.element_ty), mask=ok)
+    tl.store(total + i, _sum(partial, i, size, splits, total), mask=i < size)
 
 
 @triton.jit(do_not_specialize="batch channels d_out h_out w_out y_n y_c y_d y_h y_w per_split".split())
