@@ -250,7 +250,8 @@ def _few(problem: Problem, how: str, target: Target) -> tuple[few.Few | None, st
         return None, "the few-channel kernel is left out"
     if refused := few.refuse(p.geometry, p.c_in // g, p.c_out // g, p.large, how, p.source):
         return None, "" if refused == few.FULL else refused
-    tile = few.choose(p.geometry, p.batch, p.c_in // g, p.c_out // g, p.input_size, target)
+    half = p.dtype in HALF
+    tile = few.choose(p.geometry, p.batch, p.c_in // g, p.c_out // g, p.input_size, half, target)
     return tile, "too few pixels for the few-channel kernel"
 
 

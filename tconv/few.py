@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import prod
 
 from .configs import Target, cdiv
 from .geometry import Geometry
@@ -21,7 +22,12 @@ FEW_IN, WITH_FEW_IN = 4, 32
 FEW_OUT = {"half": 5, "widen": 5, "tf32": 8, "tf32x3": 8, "ieee": 8}
 MOST_SUMS = 32  # a pixel: registers
 MOST_PRODUCTS = 256  # unrolled: code
-SUMS, READS = 64, 100  # of a thread: its loads of weights serve several pixels, as far as there are registers
+# Of a thread: its loads of weights serve several pixels, as far as there are registers.
+SUMS, READS = 64, 100
+SUMS_IN_BLOCKS = 48  # where each has a register for its block besides
+# fp32 products that are added one by one: chains of hundreds lose against cuDNN's sums (6.6e-7 against 1.6e-7 at 1400,
+# 2.8e-7 against 1.5e-7 at 256; simulated), so blocks of at most so many are, and then the blocks.
+CHAIN = 32
 AHEAD = 36  # reads of a thread that several unrolled input channels begin with
 CODE = 64  # products of an input pixel, up to which several input channels are unrolled
 PROGRAMS = 3  # of 128 pixels a multiprocessor; with fewer the loads' latency decides
@@ -39,6 +45,7 @@ class Few:
     stride_w: int
     channels: int  # output channels of a program
     unroll: int  # input channels
+    block: int  # input channels whose products are added up before they are added to the rest; 0: all
     pixels: int
     box: int  # of them that lie side by side
     # The weight's strides along output channels, height and width; the launch has them.
@@ -55,7 +62,7 @@ class Few:
     def describe(self) -> str:
         return (
             f"{self.pixels} pixels in rows of {self.box}, {self.phases} phases, {self.channels} output channels, "
-            f"{len(self.reads)} reads"
+            f"{len(self.reads)} reads" + (f", sums in blocks of {self.block} channels" if self.block else "")
         )
 
 
@@ -83,8 +90,13 @@ def refuse(geometry: Geometry, c_in: int, c_out: int, large: bool, how: str, sou
 
 
 @lru_cache(maxsize=4096)
-def choose(geometry: Geometry, batch: int, c_in: int, c_out: int, size, target: Target) -> Few | None:
-    """The tile, or None where too few pixels would leave the GPU waiting.  c_in and c_out are a group's."""
+def choose(geometry: Geometry, batch: int, c_in: int, c_out: int, size, half: bool, target: Target) -> Few | None:
+    """The tile, or None where too few pixels would leave the GPU waiting.
+
+    Args:
+        c_in, c_out: a group's.
+        half: whether results are rounded to 16 bits, so that it does not matter how they are added up.
+    """
     depth, height, width = geometry.axes3
     output = (1,) * (3 - geometry.ndim) + tuple(geometry.output_size(size))
     found: dict[tuple[int, int], list] = {}
@@ -100,9 +112,10 @@ def choose(geometry: Geometry, batch: int, c_in: int, c_out: int, size, target: 
     others = geometry.groups * (c_out // channels) * min(depth.stride, output[0])
     if cdiv(rows * columns, WARPS * WARP) * others < PROGRAMS * target.processors and target.backend != "interpreter":
         return None
-    # Several pixels a thread share its loads of weights, as long as their sums fit in registers.
-    a_thread = 8 if len(reads) <= 2 else 4
-    while a_thread > 1 and (a_thread * phases * channels > SUMS or a_thread * len(reads) > READS):
+    of_channel = prod(cdiv(axis.kernel, axis.stride // axis.gcd) for axis in (height, width))  # products of a sum
+    block = 0 if half or of_channel * c_in <= CHAIN else max(1, CHAIN // of_channel)
+    a_thread, sums = 8 if len(reads) <= 2 else 4, SUMS_IN_BLOCKS if block else SUMS
+    while a_thread > 1 and (a_thread * phases * channels > sums or a_thread * len(reads) > READS):
         a_thread //= 2
     while a_thread > 1 and cdiv(rows * columns, WARPS * WARP * a_thread) * others < PROGRAMS * target.processors:
         a_thread //= 2
@@ -111,10 +124,9 @@ def choose(geometry: Geometry, batch: int, c_in: int, c_out: int, size, target: 
     boxes = [b for b in (16, 32, 64, 128, 256, 512, 1024) if b <= (pixels if output[1] == 1 else 128)]
     box = min(boxes, key=lambda b: cdiv(columns, b) * b * (1 + 8 / b))
     code = products * channels
-    unroll = next(
-        n for n in (4, 2, 1) if c_in % n == 0 and (n == 1 or (n * len(reads) * a_thread <= AHEAD and n * code <= CODE))
-    )
-    return Few(reads, height.stride, width.stride, channels, unroll, pixels, box)
+    fits = [n for n in (4, 2, 1) if n == 1 or (n * len(reads) * a_thread <= AHEAD and n * code <= CODE)]
+    unroll = next(n for n in fits if c_in % n == 0 and block % n == 0)
+    return Few(reads, height.stride, width.stride, channels, unroll, block, pixels, box)
 
 
 def programs(tile: Few, geometry: Geometry, batch: int, c_out: int, output) -> int:

@@ -67,10 +67,24 @@ def test_halves(dtype, device):
     assert ((actual.double() - exact).abs() <= eps / 2 * exact.abs() * 1.01 + 1e-5).all()
 
 
-def chosen(c_in, c_out, kernel, size, batch, **options):
+@pytest.mark.parametrize("tf32", (False, True))
+@pytest.mark.parametrize("c_in, kernel, stride", [(150, 4, 2), (9, 9, 2), (70, 3, 1)])
+def test_long_sums_in_fp32(c_in, kernel, stride, tf32, device):
+    """Sums of hundreds of products, in blocks: a plain chain of 600 would be 4.5e-7 off in root mean square."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    x, w = torch.randn(2, c_in, 12, 13, device=device), torch.randn(c_in, 1, kernel, kernel, device=device)
+    exact = torch.nn.functional.conv_transpose2d(x.double(), w.double(), stride=stride)
+    plan = tconv.explain(x, w, stride=stride).passes[0].plan
+    if device == "cpu":
+        assert plan.family == "few" and plan.config.block > 0
+    if plan.family == "few":
+        assert errors(tconv.conv_transpose2d(x, w, stride=stride), exact)[1] < 1.7e-7
+
+
+def chosen(c_in, c_out, kernel, size, batch, half=True, **options):
     *_, geometry = layer(c_in, c_out, kernel, size, batch, **options)
     g = geometry.groups
-    return few.choose(geometry, batch, c_in // g, c_out // g, size, HOPPER), geometry
+    return few.choose(geometry, batch, c_in // g, c_out // g, size, half, HOPPER), geometry
 
 
 def test_tiles():
@@ -83,9 +97,12 @@ def test_tiles():
         ((3, 16, 3, (16, 32, 32), 128), dict(stride=2, padding=1)),
         ((384, 384, 2, (32, 32), 64), dict(stride=2, groups=384)),
     ):
-        tile, geometry = chosen(*args, **options)
-        a_thread = tile.pixels // (few.WARPS * few.WARP)
-        assert a_thread == 1 or (a_thread * tile.sums <= few.SUMS and a_thread * len(tile.reads) <= few.READS)
+        for half in (True, False):
+            tile, geometry = chosen(*args, half=half, **options)
+            a_thread = tile.pixels // (few.WARPS * few.WARP)
+            most = few.SUMS_IN_BLOCKS if tile.block else few.SUMS
+            assert a_thread == 1 or (a_thread * tile.sums <= most and a_thread * len(tile.reads) <= few.READS)
+            assert not (half and tile.block) and tile.block % tile.unroll == 0
         assert tile.sums <= few.MOST_SUMS and tile.pixels % tile.box == 0
         taps = geometry.axes3[1].kernel * geometry.axes3[2].kernel
         assert sum(len(uses) for _, _, uses in tile.reads) == taps

@@ -28,6 +28,30 @@ def _add(sums, i: tl.constexpr, product):
 
 
 @triton.jit
+def _zeros(PIXELS: tl.constexpr, ACC: tl.constexpr, COUNT: tl.constexpr):
+    if COUNT == 0:
+        return ()
+    else:
+        return (tl.zeros((PIXELS,), ACC),) + _zeros(PIXELS, ACC, COUNT - 1)
+
+
+@triton.jit
+def _add_channels(
+    sums, src, weight, c, plane_ok, qh, qw, h_src, w_src, src_c, src_h, w_s, ACC: tl.constexpr, t: tl.constexpr
+):  # fmt: skip
+    """Add the products of t.unroll input channels from c on; src and weight are those of one tap along the depth."""
+    for u in tl.static_range(tl.constexpr(t.unroll)):
+        of_channel = weight + (c + u) * w_s.to(tl.int64)
+        at = src + (c + u) * src_c
+        for r in tl.static_range(len(t.reads)):
+            ok = plane_ok & inside(qh + t.reads[r][0], h_src) & inside(qw + t.reads[r][1], w_src)
+            # The height's part first: the width's is then a constant of the load.
+            v = widen(tl.load(at + t.reads[r][0] * src_h + t.reads[r][1], mask=ok, other=0.0), ACC)
+            sums = _add_products(sums, v, of_channel, r, t)
+    return sums
+
+
+@triton.jit
 def _add_products(sums, v, weight, READ: tl.constexpr, t: tl.constexpr):
     """Add what one input pixel contributes to each sum."""
     for u in tl.static_range(len(t.reads[READ][2])):
@@ -98,22 +122,25 @@ def gather_few(
     co0 = block * t.channels
     weights = weight + group.to(tl.int64) * w_g + co0.to(tl.int64) * t.weight[0]
 
-    sums = ()
-    for _ in tl.static_range(tl.constexpr(t.sums)):
-        sums = sums + (tl.zeros((PIXELS,), ACC),)  # type: ignore[assignment]
+    sums = _zeros(PIXELS, ACC, t.sums)
     for jd in range(count_d):
         plane_ok = row_ok & inside(id0 + jd * step_d, d_src)
         plane = pixel + jd * step_d * src_d
         of_tap = weights + (first_d + jd * tap_step_d).to(tl.int64) * w_d
-        for c in range(0, c_src, t.unroll):
-            for u in tl.static_range(tl.constexpr(t.unroll)):
-                of_channel = of_tap + (c + u) * w_s.to(tl.int64)
-                at = src + (plane + (c + u) * src_c)
-                for r in tl.static_range(len(t.reads)):
-                    ok = plane_ok & inside(qh + t.reads[r][0], h_src) & inside(qw + t.reads[r][1], w_src)
-                    # The height's part first: the width's is then a constant of the load.
-                    v = widen(tl.load(at + t.reads[r][0] * src_h + t.reads[r][1], mask=ok, other=0.0), ACC)
-                    sums = _add_products(sums, v, of_channel, r, t)
+        if t.block:
+            for first in range(0, c_src, t.block):
+                in_block = _zeros(PIXELS, ACC, t.sums)
+                for c in range(first, tl.minimum(first + t.block, c_src), t.unroll):
+                    in_block = _add_channels(
+                        in_block, src + plane, of_tap, c, plane_ok, qh, qw, h_src, w_src, src_c, src_h, w_s, ACC, t
+                    )
+                for i in tl.static_range(tl.constexpr(t.sums)):
+                    sums = _add(sums, i, in_block[i])
+        else:
+            for c in range(0, c_src, t.unroll):
+                sums = _add_channels(
+                    sums, src + plane, of_tap, c, plane_ok, qh, qw, h_src, w_src, src_c, src_h, w_s, ACC, t
+                )
 
     od = qd * strided + phase_d
     out = n * dst_n + od * dst_d + (group * c_dst + co0) * dst_c
