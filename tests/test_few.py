@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from oracle import errors
+from oracle import assert_no_worse, errors
 from test_aot import layer
 
 import tconv
@@ -136,3 +136,42 @@ def test_which(c_in, c_out, how, options, why):
     stride, groups = options.pop("stride"), options.pop("groups")
     geometry = Geometry((4, 4), (stride, stride), (1, 1), (0, 0), groups, (1, 1))
     assert few.refuse(geometry, c_in, c_out, how=how, **options) == why
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "args, options",
+    [
+        ((64, 3, 4, (64, 64), 16), dict(stride=2, padding=1)),
+        ((56, 1, 9, (270, 480), 1), dict(stride=3, padding=4, output_padding=2)),
+        ((90, 5, 4, (136, 241), 2), dict(stride=2, padding=1)),
+        ((192, 192, 3, (57, 56), 4), dict(stride=2, padding=1, groups=192)),
+        ((64, 128, 5, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
+        ((48, 1, 8, (64084,), 2), dict(stride=4)),
+        ((3, 16, 3, (16, 32, 32), 16), dict(stride=2, padding=1)),
+        ((64, 8, 3, (200, 200), 4), dict(dilation=2)),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_on_a_gpu(args, options, dtype, ieee):
+    """Layers large enough to take the kernel there, against the oracle and cuDNN; the same bits every time."""
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    x = torch.randn(batch, c_in, *size, device="cuda", dtype=dtype)
+    w = torch.randn(c_in, c_out // geometry.groups, *geometry.kernel, device="cuda", dtype=dtype)
+    b = torch.randn(c_out, device="cuda", dtype=dtype)
+    plan = tconv.explain(x, w, b, **options).passes[0].plan
+    if (
+        dtype.itemsize == 2
+        and geometry.groups == 1
+        and few.FEW_OUT["half"] < c_out < few.WITH_FEW_IN
+        and c_in > few.FEW_IN
+    ):
+        pytest.skip("16-bit layers of so many channels take the tensor core")
+    assert plan.family == "few"
+    aten = getattr(torch.nn.functional, f"conv_transpose{geometry.ndim}d")
+    exact, peer = aten(x.double(), w.double(), b.double(), **options), aten(x, w, b, **options)
+    ours = getattr(tconv, f"conv_transpose{geometry.ndim}d")
+    actual = ours(x, w, b, **options)
+    assert_no_worse(actual, exact, peer, str(plan))
+    assert torch.equal(actual, ours(x, w, b, **options))
