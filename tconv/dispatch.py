@@ -171,10 +171,13 @@ def _target(device: torch.device, without: tuple[str, ...]) -> Target:
     return Target("cuda", arch, properties.multi_processor_count, (major, minor), without)
 
 
+_conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # to look it up takes 4 us, which every call would pay
+
+
 def allow_tf32() -> bool:
     """Torch's flag for fp32 convolutions as it stands now: torch.backends.cudnn.conv.fp32_precision,
     which torch.backends.cudnn.allow_tf32 and the more general fp32_precision settings also set."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return _conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def precision(problem: Problem, target: Target) -> str:
