@@ -339,13 +339,11 @@ def _pack(
     tiles = count * cdiv(channels, block_r) if order == "channels" else cdiv(channels * count, block_r)
     noted.launch(
         pack_weight, tiles * cdiv(width, block_c) * groups,
-        weight, packed, c_src, c_dst, count, kh, kw, *roles, *taps, blocks * height, *folded,
+        weight, packed, c_src, c_dst, count, kh, kw, *roles, *taps, width, channels, blocks * height, *folded,
         PHASES=phases,
         PARTS=parts,
         ORDER=order,
         ALIGNED=all(n % 16 == 0 for n in (roles[0], roles[1], run)),
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
     )  # fmt: skip

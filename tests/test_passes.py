@@ -220,10 +220,10 @@ def test_tf32_keeps_nans_and_rounds_to_even(device):
     bits = [0x3F801000, 0x3F803000, 0x3F800FFF, 0x3F801001, 0x7F7FFFFF, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x00000001]
     expected = [0x3F800000, 0x3F804000, 0x3F800000, 0x3F802000, 0x7F800000, None, None, None, 0x00000000]
     x = torch.tensor([b - 2**32 if b >= 2**31 else b for b in bits], dtype=torch.int32, device=device)
-    signal, weight = torch.zeros(1, 64, len(bits), device=device), torch.zeros(64, 1, 1, device=device)
-    signal[0, 0], weight[0] = x.view(torch.float32), 1
+    signal, weight = torch.zeros(1, 64, len(bits), device=device), torch.zeros(64, 16, 1, device=device)
+    signal[0, 0], weight[0, 0] = x.view(torch.float32), 1
     assert tconv.explain(signal, weight).passes[0].plan.precision == "tf32"
-    y = tconv.conv_transpose1d(signal, weight).flatten()
+    y = tconv.conv_transpose1d(signal, weight)[0, 0]
     for value, want in zip(y.cpu(), expected, strict=True):
         if want is None:
             assert value.isnan()

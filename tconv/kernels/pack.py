@@ -8,31 +8,30 @@ from .common import round_tf32, split_tf32
 
 @triton.jit(
     do_not_specialize=(
-        "c_src c_dst taps kh kw w_g w_s w_t w_d w_h w_w rows stride padding dilation low0 count0 low1 count1 many0"
+        "c_src c_dst taps kh kw w_g w_s w_t w_d w_h w_w width height rows stride padding dilation "
+        "low0 count0 low1 count1 many0"
     ).split()
 )
 def pack_weight(
-    weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w, rows,
+    weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w, width, height, rows,
     stride, padding, dilation, low0, count0, low1, count1, many0,
     PHASES: tl.constexpr, PARTS: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """packed[part, group, tap, c_dst, c_src], c_dst and c_src zero-padded to whole tiles; fp32 as PARTS TF32 values (0: as
-    it is, one part), of which each has so many `rows`.
+    """packed[part, group, tap, c_dst, c_src], c_dst and c_src zero-padded to `height` and `width`, a multiple of 16; fp32 as
+    PARTS TF32 values (0: as it is, one part), of which each has so many `rows`.
 
     With PHASES > 1, which has one group: packed[part, tap of depth and height, offset along the width, c_dst and phase,
-    c_src].  tconv.shift.Fold says which offsets; row c % (BLOCK_N / PHASES) * PHASES + f of a tile of BLOCK_N is
-    phase f of channel c.  What a row holds that has no such phase is left open: its output does not exist.
+    c_src].  tconv.shift.Fold says which offsets; row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel
+    c.  What a row holds that has no such phase is left open: its output does not exist.
 
     w_g, w_s, w_t: the weight's strides along group, source channel and destination channel; w_d, w_h, w_w: of taps.
     Of one source channel, its (c_dst, taps) lie in memory as ORDER says: "taps" or "channels" innermost without gaps, or
     "strided".  ALIGNED: whether 16 divides w_g, w_s and how many those are, or in "channels" c_dst.
     A program takes BLOCK_R of these of BLOCK_C source channels, so that it reads and writes runs of addresses.
     """
-    CHANNELS: tl.constexpr = BLOCK_N // PHASES
-    width = tl.cdiv(c_src, BLOCK_K) * BLOCK_K
-    tiles_n = tl.cdiv(c_dst, CHANNELS)
-    height = tiles_n * CHANNELS
+    CHANNELS: tl.constexpr = 64 // PHASES  # of a folded tile
+    width = width // 16 * 16  # for the compiler
     if ALIGNED:
         w_g = w_g // 16 * 16
         w_s = w_s // 16 * 16
@@ -78,8 +77,8 @@ def pack_weight(
         offset = (phase - reach) // stride  # which divides it
         second = phase >= many0
         entry = tl.where(second, count0 + offset - low1, offset - low0)
-        row = (t // kw * (count0 + count1) + entry) * tiles_n + co // CHANNELS
-        row = row * BLOCK_N + co % CHANNELS * PHASES + tl.where(second, phase - many0, phase)
+        row = (t // kw * (count0 + count1) + entry) * (height // CHANNELS) + co // CHANNELS
+        row = row * 64 + co % CHANNELS * PHASES + tl.where(second, phase - many0, phase)
     else:
         row = (group * taps + t) * height + co
     out = packed + row.to(tl.int64)[:, None] * width + cs[None, :]
