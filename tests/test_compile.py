@@ -166,7 +166,7 @@ def test_values_under_changing_sizes(device):
 def test_precision_is_read_at_the_call(device):
     """A flag changed after compilation counts, as it does for aten's convolution."""
     flags = torch.backends.cudnn.conv
-    x, w = torch.randn(1, 64, 3, device=device), torch.randn(64, 2, 4, device=device)  # sums that TF32 would take
+    x, w = torch.randn(1, 64, 3, device=device), torch.randn(64, 16, 4, device=device)  # sums that TF32 would take
     compiled = torch.compile(tconv.conv_transpose1d, fullgraph=True, backend="aot_eager")
     results = {}
     for flags.fp32_precision in ("ieee", "tf32"):
