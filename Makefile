@@ -37,12 +37,13 @@ gpu-test:
 	$(PYTHON) -m pytest --ignore tests/test_aot.py -n $(WORKERS) --dist worksteal -m "not alone" --summary benchmarks/results/gpu-test.json $(TESTS)
 	$(PYTHON) -m pytest -m alone --summary benchmarks/results/gpu-test-alone.json $(TESTS) || [ $$? -eq 5 ]
 
-# The published results, on a machine with GPUs and torch already installed: `make results GPUS=2` takes 14 minutes on two
-# H100s.  One that was stopped goes on with RESUME=--resume.
+# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2` takes 14 minutes on
+# two H100s.  One that was stopped goes on with RESUME=--resume.
+RESULTS := $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 core-gradients)
 GPUS ?= 1
 BENCH = $(PYTHON) -m tconv.bench --plain --quick --gpus $(GPUS) $(RESUME) --provider tconv cudnn cudnn-default cudnn-nhwc-convert
 GRADIENTS := backward_input backward_weight training
-results: $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 core-gradients)
+results: $(RESULTS)
 benchmarks/results/forward-%.json: FORCE
 	$(BENCH) --suite kernelbench zoo --precision $(subst -, ,$*) --pass forward --format contiguous channels_last --output $@
 benchmarks/results/core-gradients.json: FORCE
@@ -50,8 +51,6 @@ benchmarks/results/core-gradients.json: FORCE
 FORCE:
 
 # The published tables and charts, from the published results; a case that several hold comes from the first.
-RESULTS := $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 core-gradients)
-
 report: $(VENV)/.installed
 	$(BIN)/python -m tconv.bench report $(RESULTS) --summary --into README.md
 	$(BIN)/python -m tconv.bench report $(RESULTS) --plots docs/figures --into docs/benchmarks.md

@@ -200,7 +200,7 @@ def precision(problem: Problem, target: Target) -> str:
 
 def _taps(geometry: Geometry) -> int:
     """How many taps a phase of the forward pass has, at most."""
-    return prod(cdiv(a.kernel, a.stride // a.gcd) for a in geometry.axes)
+    return prod(a.most_taps for a in geometry.axes)
 
 
 def _products(problem: Problem) -> int:
@@ -261,10 +261,9 @@ def _few(problem: Problem, how: str, target: Target) -> tuple[few.Few | None, st
 def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
     """The shift kernel's tile, or why it does not take the problem."""
     p = problem
-    refused = "shift" in target.without and "the shift kernel is left out"
-    refused = refused or shift.refuse(
-        p.geometry, p.c_in, p.c_out, p.large, how, p.source, p.destination, p.vector, target
-    )
+    if "shift" in target.without:
+        return None, "the shift kernel is left out"
+    refused = shift.refuse(p.geometry, p.c_in, p.c_out, p.large, how, p.source, p.destination, p.vector, target)
     if refused:
         return None, refused
     tile = shift.choose(

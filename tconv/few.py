@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import prod
 
 from .configs import Target, cdiv
 from .geometry import Geometry
@@ -107,12 +106,11 @@ def choose(geometry: Geometry, batch: int, c_in: int, c_out: int, size, half: bo
     phases, products = height.stride * width.stride, height.kernel * width.kernel
     most = max(1, min(MOST_SUMS // phases, MOST_PRODUCTS // products))
     channels = max(n for n in range(1, min(c_out, most) + 1) if c_out % n == 0)
-    rows = batch * cdiv(output[0], depth.stride) * cdiv(output[1], height.stride)
-    columns = cdiv(output[2], width.stride)
+    rows, columns = _extent(geometry, batch, output)
     others = geometry.groups * (c_out // channels) * min(depth.stride, output[0])
     if cdiv(rows * columns, WARPS * WARP) * others < PROGRAMS * target.processors and target.backend != "interpreter":
         return None
-    of_channel = prod(cdiv(axis.kernel, axis.stride // axis.gcd) for axis in (height, width))  # products of a sum
+    of_channel = height.most_taps * width.most_taps  # products of a sum
     block = 0 if half or of_channel * c_in <= CHAIN else max(1, CHAIN // of_channel)
     a_thread, sums = 8 if len(reads) <= 2 else 4, SUMS_IN_BLOCKS if block else SUMS
     while a_thread > 1 and (a_thread * phases * channels > sums or a_thread * len(reads) > READS):
@@ -129,9 +127,14 @@ def choose(geometry: Geometry, batch: int, c_in: int, c_out: int, size, half: bo
     return Few(reads, height.stride, width.stride, channels, unroll, block, pixels, box)
 
 
+def _extent(geometry: Geometry, batch: int, output) -> tuple[int, int]:
+    """Rows, and columns of each, of the pixels that make all phases; output is of three axes."""
+    depth, height, width = (cdiv(o, axis.stride) for o, axis in zip(output, geometry.axes3))
+    return batch * depth * height, width
+
+
 def programs(tile: Few, geometry: Geometry, batch: int, c_out: int, output) -> int:
     """How many programs carry a tile out; c_out is a group's, output of three axes."""
-    depth, height, width = geometry.axes3
-    rows = batch * cdiv(output[0], depth.stride) * cdiv(output[1], height.stride)
-    tiles = cdiv(rows, tile.pixels // tile.box) * cdiv(cdiv(output[2], width.stride), tile.box)
-    return tiles * min(depth.stride, output[0]) * geometry.groups * (c_out // tile.channels)
+    rows, columns = _extent(geometry, batch, output)
+    tiles = cdiv(rows, tile.pixels // tile.box) * cdiv(columns, tile.box)
+    return tiles * min(geometry.axes3[0].stride, output[0]) * geometry.groups * (c_out // tile.channels)

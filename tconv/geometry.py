@@ -51,6 +51,11 @@ class Axis:
         first = (t // g * self.inverse) % (s // g)
         return [(k, (t - d * k) // s) for k in range(first, self.kernel, s // g)]
 
+    @property
+    def most_taps(self) -> int:
+        """How many taps a phase has, at most."""
+        return -(-self.kernel // (self.stride // self.gcd))
+
     def output_size(self, size: int, output_padding: int) -> int:
         """Output length for an input of `size`, by torch.nn.ConvTranspose1d's formula
         (relation 14 of Dumoulin and Visin, "A guide to convolution arithmetic for deep learning",

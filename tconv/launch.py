@@ -299,55 +299,52 @@ def backward_bias(grad_output) -> torch.Tensor:
     return noted.keep(key)
 
 
-def pack(noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts: int) -> torch.Tensor:
+UNFOLDED = (0,) * 8  # what kernels.pack asks about folded phases
+
+
+def pack(
+    noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts: int,
+    entries: int = 0, phases: int = 1, folded: tuple[int, ...] = UNFOLDED,
+) -> torch.Tensor:  # fmt: skip
     """The weight as [group and tap, destination channel, source channel], zero-padded to whole blocks; fp32 as so many
     TF32 values, one whole packed weight after the other (0: as it is).
 
     roles: the weight's strides along group, source channel and destination channel; taps: along the kernel's axes.
+    entries, phases, folded: of folded phases (pack_folded), how many offsets along the width there are in place of taps.
     """
-    blocks = groups * prod(weight.shape[2:])
-    return _pack(noted, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts, blocks, 1, (0,) * 8)
-
-
-def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) -> torch.Tensor:
-    """The weight as a shift tile with folded phases takes it: [taps and offsets, rows of M, input channel]."""
-    (c_in, c_out), (kd, kh, _), fold = weight.shape[:2], sizes3(weight.shape[2:]), tile.fold
-    w_i, w_o, *taps = strides5(weight)
-    (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
-    axis = geometry.axes3[2]
-    folded = axis.stride, axis.padding, axis.dilation, low0, count0, low1, count1, fold.many[0]
-    parts, blocks = PARTS.get(tile.dtype, 0), kd * kh * (count0 + count1)
-    roles = 0, w_i, w_o
-    return _pack(noted, weight, roles, taps, 1, c_in, c_out, shift.M, tile.kb, parts, blocks, fold.phases, folded)
-
-
-def _pack(
-    noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts, blocks, phases, folded
-) -> torch.Tensor:
     from .kernels.pack import pack_weight
 
-    count, (_, kh, kw) = prod(weight.shape[2:]), sizes3(weight.shape[2:])
-    channels = cdiv(c_dst, block_n // phases) * (block_n // phases)
+    (kd, kh, kw), channels = sizes3(weight.shape[2:]), cdiv(c_dst, block_n // phases) * (block_n // phases)
+    blocks, count = groups * kd * kh * (entries or kw), kd * kh * kw
     width, height = cdiv(c_src, block_k) * block_k, channels * phases
     packed = noted.workspace((max(1, parts) * blocks, height, width), weight.dtype, weight)
     order = _order(roles[2], taps, c_dst, weight.shape[2:])
-    run = c_dst if order == "channels" else c_dst * count
-    block_r, block_c = (
-        power_of_two(channels if order == "channels" else channels * count, 16, 64),
-        power_of_two(width, 16, 64),
-    )
-    tiles = count * cdiv(channels, block_r) if order == "channels" else cdiv(channels * count, block_r)
+    # A run of addresses is one tap's channels, or all taps of all channels.
+    runs, of_a_run = (count, 1) if order == "channels" else (1, count)
+    block_r, block_c = power_of_two(channels * of_a_run, 16, 64), power_of_two(width, 16, 64)
     noted.launch(
-        pack_weight, tiles * cdiv(width, block_c) * groups,
+        pack_weight, runs * cdiv(channels * of_a_run, block_r) * cdiv(width, block_c) * groups,
         weight, packed, c_src, c_dst, count, kh, kw, *roles, *taps, width, channels, blocks * height, *folded,
         PHASES=phases,
         PARTS=parts,
         ORDER=order,
-        ALIGNED=all(n % 16 == 0 for n in (roles[0], roles[1], run)),
+        ALIGNED=all(n % 16 == 0 for n in (roles[0], roles[1], c_dst * of_a_run)),
         BLOCK_R=block_r,
         BLOCK_C=block_c,
     )  # fmt: skip
     return packed
+
+
+def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) -> torch.Tensor:
+    """The weight as a shift tile with folded phases takes it: [taps and offsets, rows of M, input channel]."""
+    (c_in, c_out), (w_i, w_o, *taps), fold = weight.shape[:2], strides5(weight), tile.fold
+    (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
+    axis = geometry.axes3[2]
+    return pack(
+        noted, weight, (0, w_i, w_o), taps, 1, c_in, c_out, shift.M, tile.kb, PARTS.get(tile.dtype, 0),
+        count0 + count1, fold.phases,
+        (axis.stride, axis.padding, axis.dilation, low0, count0, low1, count1, fold.many[0]),
+    )  # fmt: skip
 
 
 def _order(w_t: int, taps, c_dst: int, kernel) -> str:
@@ -481,18 +478,17 @@ def gather(
         noted, weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, int(chosen.precision == "tf32")
     )
     constants |= dict(EVEN_C=c_src % config.block_k == 0, PRECISION=chosen.precision, BLOCK_K=config.block_k)
-    grid = tiles * (packed.shape[1] // config.block_n) * g * chosen.splits
-    if chosen.splits == 1:
-        noted.launch(gather_gemm, grid, source, packed, bias, destination, *scalars, 1, 0, **constants)
-        return
-    from .kernels.reduce import sum_splits
+    splits, count, to = chosen.splits, 0, destination
+    if splits > 1:  # each writes a whole result
+        count = destination.numel()
+        to = noted.workspace((splits, count), torch.float64 if source.dtype is torch.float64 else torch.float32, source)
+    grid = tiles * (packed.shape[1] // config.block_n) * g * splits
+    noted.launch(gather_gemm, grid, source, packed, bias, to, *scalars, splits, count, **constants)
+    if splits > 1:
+        from .kernels.reduce import sum_splits
 
-    count = destination.numel()
-    dtype = torch.float64 if source.dtype is torch.float64 else torch.float32
-    partials = noted.workspace((chosen.splits, count), dtype, source)
-    noted.launch(gather_gemm, grid, source, packed, bias, partials, *scalars, chosen.splits, count, **constants)
-    block = 1024
-    noted.launch(sum_splits, cdiv(count, block), partials, destination, count, chosen.splits, BLOCK=block)
+        block = 1024
+        noted.launch(sum_splits, cdiv(count, block), to, destination, count, splits, BLOCK=block)
 
 
 def _sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:

@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
-from oracle import assert_no_worse, errors
+from oracle import ATEN, assert_no_worse, errors
 from test_aot import layer
+from test_passes import TCONV
 
 import tconv
 from tconv import few
@@ -46,11 +47,11 @@ def test_random_layers(seed, device):
     if (layer := drawn(seed)) is None:
         pytest.skip("no output")
     x, w, b, options = layer
-    expected = getattr(torch.nn.functional, f"conv_transpose{x.ndim - 2}d")(x, w, b, **options)
+    expected = ATEN[x.ndim - 2](x, w, b, **options)
     dtype = torch.float64 if device == "cpu" else torch.float32
     x, w, b = (None if t is None else t.to(device, dtype) for t in (x, w, b))
     plan = tconv.explain(x, w, b, **options).passes[0].plan
-    actual = getattr(tconv, f"conv_transpose{x.ndim - 2}d")(x, w, b, **options)
+    actual = TCONV[x.ndim - 2](x, w, b, **options)
     assert errors(actual.cpu(), expected)[1] < (1e-13 if device == "cpu" else 3e-7)
     if device == "cpu":
         assert plan.family == "few", plan
@@ -169,9 +170,9 @@ def test_on_a_gpu(args, options, dtype, ieee):
     ):
         pytest.skip("16-bit layers of so many channels take the tensor core")
     assert plan.family == "few"
-    aten = getattr(torch.nn.functional, f"conv_transpose{geometry.ndim}d")
+    aten = ATEN[geometry.ndim]
     exact, peer = aten(x.double(), w.double(), b.double(), **options), aten(x, w, b, **options)
-    ours = getattr(tconv, f"conv_transpose{geometry.ndim}d")
+    ours = TCONV[geometry.ndim]
     actual = ours(x, w, b, **options)
     assert_no_worse(actual, exact, peer, str(plan))
     assert torch.equal(actual, ours(x, w, b, **options))

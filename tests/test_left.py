@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import errors, passes
+from oracle import ATEN, errors, passes
 from test_passes import CASES, TCONV, by_id, make
 
 import tconv
@@ -13,7 +13,7 @@ HOPPER = Target("cuda", 90, 132)
 DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
 
 
-def plans(case, dtype, target, tf32=True, monkeypatch=None):
+def plans(case, dtype, target, tf32, monkeypatch):
     """The plan of each pass of a case."""
     input, weight, _, grad = make(case, dtype, "cpu")
     geometry = tconv.explain(input, weight, **case.layer).geometry
@@ -87,7 +87,7 @@ def test_gradients(case, last, device, leaving, monkeypatch):
     layer = tconv.explain(*first[:3], **case.layer).geometry
     for tensors in (first, make(case, torch.float32, device, last)):
         input, weight, _, grad = tensors
-        exact = passes(torch_function(case), *(None if t is None else t.double() for t in tensors), **case.layer)
+        exact = passes(ATEN[case.ndim], *(None if t is None else t.double() for t in tensors), **case.layer)
         known = len(record._records)
         results = (
             launch.backward_input(grad, weight, input.shape[2:], layer),
@@ -100,10 +100,6 @@ def test_gradients(case, last, device, leaving, monkeypatch):
             assert errors(actual, expected)[1] < 2e-3
     if device == "cuda":  # the interpreter's launches are not repeated
         assert len(record._records) == known == 2
-
-
-def torch_function(case):
-    return getattr(torch.nn.functional, f"conv_transpose{case.ndim}d")
 
 
 def test_deterministic_and_flags_restored(device, leaving):
@@ -137,7 +133,7 @@ def test_training_on_a_gpu(case, dtype, device, leaving):
     told = tconv.explain(*tensors[:3], **case.layer).passes
     assert "aten" in {p.plan.family for p in told[1:]}
     one, two = (passes(TCONV[case.ndim], *tensors, **case.layer) for _ in range(2))
-    expected = passes(torch_function(case), *tensors, **case.layer)
+    expected = passes(ATEN[case.ndim], *tensors, **case.layer)
     for a, b, c in zip(one, two, expected, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, atol=2e-2, rtol=2e-2)
