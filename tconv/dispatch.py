@@ -67,6 +67,8 @@ class Problem:
     vector: int = 1  # so many elements, at most 16, divide the source's address and all its strides but 1
     large: bool = False  # whether element offsets need 64 bits
     dense: bool = True  # whether both tensors fill their memory, contiguous or channels_last
+    # Whether source and destination are channels_last, their channels and strides whole vectors of 16 elements.
+    whole: tuple[bool, bool] = (False, False)
 
     @property
     def channels_last(self) -> bool:
@@ -247,15 +249,19 @@ HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def _few(problem: Problem, how: str, target: Target) -> tuple[few.Few | None, str]:
-    """The few-channel kernel's tile, or why it does not take the problem: "" if its channels are not few."""
+    """The few-channel kernels' tile, or why they do not take the problem: "" if its channels are not few."""
     p, g = problem, problem.geometry.groups
     if "few" in target.without:
-        return None, "the few-channel kernel is left out"
-    if refused := few.refuse(p.geometry, p.c_in // g, p.c_out // g, p.large, how, p.source):
+        return None, "the few-channel kernels are left out"
+    channels = p.c_in // g, p.c_out // g
+    c_src, c_dst = reversed(channels) if p.direction == "backward_input" else channels
+    if refused := few.refuse(p.direction, p.geometry, c_src, c_dst, p.large, how, p.source, p.destination, p.whole):
         return None, "" if refused == few.FULL else refused
-    half = p.dtype in HALF
-    tile = few.choose(p.geometry, p.batch, p.c_in // g, p.c_out // g, p.input_size, half, target)
-    return tile, "too few pixels for the few-channel kernel"
+    last = few.by_channels(g, c_src, p.whole)
+    tile = few.choose(
+        p.direction, p.geometry, p.batch, c_src, c_dst, p.input_size, p.dtype in HALF, last, target
+    )  # fmt: skip
+    return tile, "too few pixels for the few-channel kernels"
 
 
 def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
@@ -292,24 +298,34 @@ def plan(problem: Problem, target: Target) -> Plan:
     c_in, c_out = problem.c_in // g, problem.c_out // g
     is_direct = g > 1 and max(c_in, c_out) <= DIRECT_CHANNELS
     how = "" if is_direct else precision(problem, target)
+    why = f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
+    thin, refused = _few(problem, how, target)
+    if thin:
+        return _few_plan(problem, f"{why}: too few for the tensor core", thin, target)
+    why += f"; {refused}" if refused else ""
     if left := _leave(problem, is_direct, how, target):
         return left
-    why = f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
-    if problem.direction == "forward":
-        thin, refused = _few(problem, how, target)
-        if thin:
-            return Plan("few", f"{why}: too few for the tensor core", "", thin)
-        why += f"; {refused}" if refused else ""
-        if not is_direct:
-            tile, refused = _shift(problem, how, target)
-            if tile:
-                return Plan("shift", why, how, tile)
-            why += f"; {refused}"
+    if problem.direction == "forward" and not is_direct:
+        tile, refused = _shift(problem, how, target)
+        if tile:
+            return Plan("shift", why, how, tile)
+        why += f"; {refused}"
     if is_direct:
         why += f"; they would fill {max(c_in, c_out)}/16 of a tensor-core tile"
     if problem.direction == "backward_weight":
         return _weight_sums(problem, is_direct, how, why, target)
     return _gather(problem, is_direct, how, why, target)
+
+
+def _few_plan(problem: Problem, why: str, tile: few.Few, target: Target) -> Plan:
+    """The plan of the few-channel kernels: a weight's gradient is split over pixels."""
+    if problem.direction != "backward_weight":
+        return Plan("few", why, "", tile)
+    geometry, columns = problem.geometry, problem.c_in * problem.c_out // problem.geometry.groups
+    tiles = few.tiles(tile, geometry, problem.batch, problem.input_size, False)
+    programs = geometry.axes3[0].kernel * columns // tile.lanes
+    elements = geometry.taps * columns
+    return Plan("few", why, "", tile, *configs.splits(tiles, programs, elements, tile.pixels, target))
 
 
 def _weight_sums(problem: Problem, is_direct: bool, how: str, why: str, target: Target) -> Plan:

@@ -1,4 +1,4 @@
-"""The few-channel kernel's tile (kernels/few.py): what it is told at compile time, and which problems it takes.
+"""The few-channel kernels' tile (kernels/few.py): what they are told at compile time, and which problems they take.
 
 Pure integers, from a layer's geometry; neither torch nor Triton.
 """
@@ -8,19 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import gcd
 
 from .configs import Target, cdiv
 from .geometry import Geometry
 
-# Groups of at most so many channels on both sides (depthwise layers, and nearly so).
-GROUP = 4
+# Groups of at most so many channels on both sides (depthwise layers, and nearly so).  A weight's gradient reads the pixels
+# of both anew for each pair of channels.
+GROUP = {"forward": 16, "backward_input": 16, "backward_weight": 4}
 # Without groups: at most so many input channels and so many output channels,
-FEW_IN, WITH_FEW_IN = 4, 32
+FEW_IN, WITH_FEW_IN = 4, {"forward": 32, "backward_input": 64}
 # or so many output channels at each precision.  Beyond, the tensor core's tile is full enough: estimated, from 55 % of
 # the CUDA cores' multiply-adds and the shift kernel's model.
 FEW_OUT = {"half": 5, "widen": 5, "tf32": 8, "tf32x3": 8, "ieee": 8}
 MOST_SUMS = 32  # a pixel: registers
-MOST_PRODUCTS = 256  # unrolled: code
+# Products of a pixel, unrolled: code.  A gradient reads a pixel for each; 36 sums of a weight's gradient take 3 s to compile,
+# 64 take minutes.
+MOST_PRODUCTS = {"forward": 256, "backward_input": 100, "backward_weight": 36}
+MOST_LANES = 64
 # Of a thread: its loads of weights serve several pixels, as far as there are registers.
 SUMS, READS = 64, 100
 SUMS_IN_BLOCKS = 48  # where each has a register for its block besides
@@ -35,52 +40,78 @@ WARP, WARPS = 32, 4
 
 @dataclass(frozen=True)
 class Few:
-    """A tile: every phase along height and width of some input-sized pixels, for some output channels."""
+    """A tile: some pixels, with every phase along height and width, of some destination channels.
 
-    # (offset along height, offset along width, uses) of each input pixel that is read; a use is a sum's number (phase along
-    # height, phase along width) and the weight's place (tap along height, along width).
+    Of a weight's gradient: some input pixels, with every tap along height and width, of some pairs of channels.
+    """
+
+    # (offset along height, offset along width, uses) of each source pixel that is read; a use is a sum's number (phase along
+    # height, phase along width) and the weight's place (tap along height, along width).  A weight's gradient has a sum for
+    # each read.
     reads: tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...]
-    stride_h: int
-    stride_w: int
-    channels: int  # output channels of a program
-    unroll: int  # input channels
-    block: int  # input channels whose products are added up before they are added to the rest; 0: all
+    phases_h: int  # of the destination: the stride forward, 1 backward
+    phases_w: int
+    step_h: int  # from one destination pixel of a phase to the next, in source pixels: 1 forward, the stride backward
+    step_w: int
+    channels: int  # destination channels of a program, one after the other
+    lanes: int  # or side by side, in channels_last; 1: pixels alone lie side by side
+    own: bool  # whether each lane has a source channel of its own, as in depthwise layers
+    unroll: int  # source channels
+    block: int  # source channels whose products are added up before they are added to the rest; 0: all
     pixels: int
     box: int  # of them that lie side by side
-    # The weight's strides along output channels, height and width; the launch has them.
+    # What to multiply a use's output channel, tap along height and along width by to find its weight; the launch knows.
     weight: tuple[int, ...] = ()
 
     @property
-    def phases(self) -> int:
-        return self.stride_h * self.stride_w
-
-    @property
     def sums(self) -> int:
-        return self.phases * self.channels
+        return self.phases_h * self.phases_w * self.channels
 
     def describe(self) -> str:
         return (
-            f"{self.pixels} pixels in rows of {self.box}, {self.phases} phases, {self.channels} output channels, "
-            f"{len(self.reads)} reads" + (f", sums in blocks of {self.block} channels" if self.block else "")
+            f"{self.pixels} pixels in rows of {self.box}, {self.phases_h * self.phases_w} phases, "
+            f"{self.channels * self.lanes} channels, {len(self.reads)} reads"
+            + (f", sums in blocks of {self.block} channels" if self.block else "")
         )
 
 
 FULL = "not few channels"
 
 
-def refuse(geometry: Geometry, c_in: int, c_out: int, large: bool, how: str, source: str) -> str:
-    """Why the kernel does not take a forward pass, or "".  c_in and c_out are a group's."""
+def by_channels(groups: int, c_src: int, whole: tuple[bool, bool]) -> bool:
+    """Whether channels lie side by side in a tile: the destination's, and the source's where each has one of its own.
+    whole: Problem.whole."""
+    return whole[1] and (c_src <= FEW_IN if groups == 1 else whole[0])
+
+
+def refuse(
+    direction: str, geometry: Geometry, c_src: int, c_dst: int, large: bool, how: str, source: str, destination: str,
+    whole: tuple[bool, bool],
+) -> str:  # fmt: skip
+    """Why the kernels do not take a pass, or "".  c_src and c_dst are a group's; a weight's gradient has the input as its
+    source, the output's gradient as its destination."""
     _, height, width = geometry.axes3
-    few = max(c_in, c_out) <= GROUP if geometry.groups > 1 else c_in <= FEW_IN and c_out <= WITH_FEW_IN
-    few = few or (geometry.groups == 1 and c_out <= FEW_OUT.get(how, 8))
+    is_weight, grouped = direction == "backward_weight", geometry.groups > 1
+    if grouped:
+        few = max(c_src, c_dst) <= GROUP[direction]
+    else:
+        few = not is_weight and ((c_src <= FEW_IN and c_dst <= WITH_FEW_IN[direction]) or c_dst <= FEW_OUT.get(how, 8))
     if not few:
         return FULL
+    last = by_channels(geometry.groups, c_src, whole)
+    phases = height.stride * width.stride if direction == "forward" else 1
+    products = height.kernel * width.kernel
+    many = products > MOST_PRODUCTS[direction] or (is_weight and last and products * 4 > READS)
     for bad, why in (
-        (large, "the few-channel kernel has 32-bit offsets"),
-        (source != "width", "the few-channel kernel reads along the width"),
+        (large, "the few-channel kernels have 32-bit offsets"),
         (
-            height.stride * width.stride > MOST_SUMS or height.kernel * width.kernel > MOST_PRODUCTS,
-            "the few-channel kernel would have too many phases or taps",
+            not last and (source != "width" or (is_weight and destination != "width")),
+            "the few-channel kernels read along the width, or channels in whole vectors",
+        ),
+        (last and grouped and max(c_src, c_dst) > 1, "several channels a group in channels_last"),
+        (
+            many or phases > MOST_SUMS,
+            "the few-channel kernels would have too many phases or taps",
         ),
     ):
         if bad:
@@ -88,53 +119,106 @@ def refuse(geometry: Geometry, c_in: int, c_out: int, large: bool, how: str, sou
     return ""
 
 
+def _reads(geometry: Geometry, forward: bool):
+    """Few.reads of a layer."""
+    _, height, width = geometry.axes3
+    found: dict[tuple[int, int], list] = {}
+    if forward:
+        for a, b in product(range(height.stride), range(width.stride)):
+            for (kh, dh), (kw, dw) in product(height.taps(a), width.taps(b)):
+                found.setdefault((dh, dw), []).append((a * width.stride + b, kh, kw))
+    else:
+        for kh, kw in product(range(height.kernel), range(width.kernel)):
+            at = kh * height.dilation - height.padding, kw * width.dilation - width.padding
+            found[at] = [(0, kh, kw)]
+    return tuple((dh, dw, tuple(uses)) for (dh, dw), uses in sorted(found.items()))
+
+
+def _box(columns: int, pixels: int, most: int) -> int:
+    """Of a tile's pixels, how many lie side by side: longer runs are read and written in fewer accesses."""
+    boxes = [b for b in (4, 8, 16, 32, 64, 128, 256, 512, 1024) if b <= min(pixels, most)]
+    return min(boxes, key=lambda b: cdiv(columns, b) * b * (1 + 8 / b))
+
+
 @lru_cache(maxsize=4096)
-def choose(geometry: Geometry, batch: int, c_in: int, c_out: int, size, half: bool, target: Target) -> Few | None:
+def choose(
+    direction: str, geometry: Geometry, batch: int, c_src: int, c_dst: int, size, half: bool, last: bool, target: Target
+) -> Few | None:
     """The tile, or None where too few pixels would leave the GPU waiting.
 
     Args:
-        c_in, c_out: a group's.
+        c_src, c_dst: a group's.
+        size: the input's.
         half: whether results are rounded to 16 bits, so that it does not matter how they are added up.
+        last: whether both tensors are channels_last.
     """
+    forward = direction == "forward"
     depth, height, width = geometry.axes3
-    output = (1,) * (3 - geometry.ndim) + tuple(geometry.output_size(size))
-    found: dict[tuple[int, int], list] = {}
-    for a, b in product(range(height.stride), range(width.stride)):
-        for (kh, dh), (kw, dw) in product(height.taps(a), width.taps(b)):
-            found.setdefault((dh, dw), []).append((a * width.stride + b, kh, kw))
-    reads = tuple((dh, dw, tuple(uses)) for (dh, dw), uses in sorted(found.items()))
-    phases, products = height.stride * width.stride, height.kernel * width.kernel
-    most = max(1, min(MOST_SUMS // phases, MOST_PRODUCTS // products))
-    channels = max(n for n in range(1, min(c_out, most) + 1) if c_out % n == 0)
-    rows, columns = _extent(geometry, batch, output)
-    others = geometry.groups * (c_out // channels) * min(depth.stride, output[0])
-    if cdiv(rows * columns, WARPS * WARP) * others < PROGRAMS * target.processors and target.backend != "interpreter":
-        return None
-    of_channel = height.most_taps * width.most_taps  # products of a sum
-    block = 0 if half or of_channel * c_in <= CHAIN else max(1, CHAIN // of_channel)
-    a_thread, sums = 8 if len(reads) <= 2 else 4, SUMS_IN_BLOCKS if block else SUMS
-    while a_thread > 1 and (a_thread * phases * channels > sums or a_thread * len(reads) > READS):
+    reads = _reads(geometry, forward)
+    phases = height.stride * width.stride if forward else 1
+    products = height.kernel * width.kernel
+    own = geometry.groups > 1
+    lanes = gcd(MOST_LANES, geometry.groups * c_dst) if last else 1
+    channels = unroll = 1
+    block = 0
+    rows, columns = _extent(geometry, batch, size, forward)
+    others = geometry.groups * c_dst // lanes
+    if direction == "backward_weight":
+        others, limit = others * c_src, SUMS // len(reads)
+    else:
+        of_channel = height.most_taps * width.most_taps if forward else products  # products of a sum
+        block = 0 if half or of_channel * c_src <= CHAIN else max(1, CHAIN // of_channel)
+        if not last:
+            most = max(1, min(MOST_SUMS // phases, MOST_PRODUCTS[direction] // products))
+            channels = max(n for n in range(1, min(c_dst, most) + 1) if c_dst % n == 0)
+        others = others // channels * (min(depth.stride, _sizes(geometry.output_size(size))[0]) if forward else 1)
+        sums = SUMS_IN_BLOCKS if block else SUMS
+        limit = min(sums // (phases * channels), READS // len(reads))
+    # Neighbouring channels: 16 bytes of them, in 16 bits half as many where each has many reads.
+    least = 1 if not last else 8 if half and 8 * len(reads) <= READS else 4
+    a_thread = 16 if last else 8 if len(reads) <= 2 else 4
+    while a_thread > least and a_thread > limit:
         a_thread //= 2
-    while a_thread > 1 and cdiv(rows * columns, WARPS * WARP * a_thread) * others < PROGRAMS * target.processors:
-        a_thread //= 2
-    pixels = WARPS * WARP * a_thread
-    # Neighbouring rows share input; longer runs are read and written in fewer accesses.
-    boxes = [b for b in (16, 32, 64, 128, 256, 512, 1024) if b <= (pixels if output[1] == 1 else 128)]
-    box = min(boxes, key=lambda b: cdiv(columns, b) * b * (1 + 8 / b))
-    code = products * channels
-    fits = [n for n in (4, 2, 1) if n == 1 or (n * len(reads) * a_thread <= AHEAD and n * code <= CODE)]
-    unroll = next(n for n in fits if c_in % n == 0 and block % n == 0)
-    return Few(reads, height.stride, width.stride, channels, unroll, block, pixels, box)
+    enough = PROGRAMS * target.processors
+    threads = WARPS * WARP
+    if direction != "backward_weight":
+        if cdiv(rows * columns * lanes, threads * least) * others < enough and target.backend != "interpreter":
+            return None
+        while a_thread > least and cdiv(rows * columns * lanes, threads * a_thread) * others < enough:
+            a_thread //= 2
+        code = products * channels
+        fits = [n for n in (4, 2, 1) if n == 1 or (n * len(reads) * a_thread <= AHEAD and n * code <= CODE)]
+        unroll = next(n for n in fits if c_src % n == 0 and block % n == 0)
+    pixels = threads * a_thread // lanes
+    # Neighbouring rows share what they read.
+    box = _box(columns, pixels, pixels if (height.kernel, height.stride) == (1, 1) else 128)
+    steps = (1, 1) if forward else (height.stride, width.stride)
+    shape = (height.stride, width.stride) if forward else (1, 1)
+    return Few(reads, *shape, *steps, channels, lanes, own, unroll, block, pixels, box)
 
 
-def _extent(geometry: Geometry, batch: int, output) -> tuple[int, int]:
-    """Rows, and columns of each, of the pixels that make all phases; output is of three axes."""
-    depth, height, width = (cdiv(o, axis.stride) for o, axis in zip(output, geometry.axes3))
+def _sizes(size) -> tuple[int, ...]:
+    return (1,) * (3 - len(size)) + tuple(size)
+
+
+def _extent(geometry: Geometry, batch: int, size, forward: bool) -> tuple[int, int]:
+    """Rows, and columns of each, of the pixels of a tile's grid: those of the input, or that make the output's phases."""
+    depth, height, width = _sizes(size)
+    if forward:
+        output = _sizes(geometry.output_size(size))
+        depth, height, width = (cdiv(o, axis.stride) for o, axis in zip(output, geometry.axes3))
     return batch * depth * height, width
 
 
-def programs(tile: Few, geometry: Geometry, batch: int, c_out: int, output) -> int:
-    """How many programs carry a tile out; c_out is a group's, output of three axes."""
-    rows, columns = _extent(geometry, batch, output)
-    tiles = cdiv(rows, tile.pixels // tile.box) * cdiv(columns, tile.box)
-    return tiles * min(geometry.axes3[0].stride, output[0]) * geometry.groups * (c_out // tile.channels)
+def tiles(tile: Few, geometry: Geometry, batch: int, size, forward: bool) -> int:
+    """How many tiles of pixels there are; size is the input's."""
+    rows, columns = _extent(geometry, batch, size, forward)
+    return cdiv(rows, tile.pixels // tile.box) * cdiv(columns, tile.box)
+
+
+def programs(tile: Few, geometry: Geometry, batch: int, c_dst: int, size, forward: bool) -> int:
+    """How many programs carry out a gather; c_dst is a group's, size the input's."""
+    phases = min(geometry.axes3[0].stride, _sizes(geometry.output_size(size))[0]) if forward else 1
+    return (
+        tiles(tile, geometry, batch, size, forward) * phases * (geometry.groups * c_dst // (tile.channels * tile.lanes))
+    )

@@ -130,6 +130,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
         vector(source, kind),
         is_large(source) or (destination is not None and is_large(destination)),
         all(t is None or t.is_contiguous(memory_format=_suggested(t)) for t in (source, destination)),
+        (layout(source) == "vectors", destination is not None and layout(destination) == "vectors"),
     )
 
 
@@ -151,7 +152,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
         return noted.leave(key, partial(aten.forward, geometry=geometry), input, weight, bias)
     with on_device(input):
         if chosen.family == "few":
-            forward_few(noted, chosen, input, weight, bias, output, geometry)
+            gather_few(noted, chosen, input, weight, bias, output, geometry, True)
         elif chosen.family == "shift":
             forward_shift(noted, chosen, input, weight, bias, output, geometry)
         else:
@@ -176,7 +177,10 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     if chosen.family == "aten":
         return noted.leave(key, partial(aten.backward_input, geometry=geometry), grad_output, weight, grad_input)
     with on_device(grad_output):
-        gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
+        if chosen.family == "few":
+            gather_few(noted, chosen, grad_output, weight, None, grad_input, geometry, False)
+        else:
+            gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return noted.keep(key)
 
 
@@ -199,16 +203,49 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
                 operands = _round(noted, grad_output), _round(noted, input)
         return noted.leave(key, partial(aten.backward_weight, geometry=geometry), *operands, grad_weight)
 
+    with on_device(input):
+        columns = c_in * (c_out // g)
+        dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+        partials = noted.workspace((chosen.splits, geometry.taps, columns), dtype, input)
+        if chosen.family == "few":
+            _weight_few(noted, chosen, input, grad_output, partials, geometry)
+        else:
+            _weight_sums(noted, chosen, input, grad_output, partials, geometry, problem.large)
+        _sum_partials(noted, partials, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)
+    return noted.keep(key)
+
+
+def _weight_few(noted: Record, chosen: Plan, input, grad_output, partials, geometry: Geometry) -> None:
+    """Launch the few-channel kernel for the partial sums of a weight's gradient."""
+    from .kernels.few import weight_few
+
+    tile, depth, g = chosen.config, geometry.axes3[0], geometry.groups
+    assert isinstance(tile, few.Few)
+    noted.launch(
+        weight_few, depth.kernel * (partials.shape[2] // tile.lanes) * chosen.splits,
+        input, grad_output, partials,
+        input.shape[0], input.shape[1] // g, grad_output.shape[1] // g, g,
+        *sizes3(input.shape[2:]), *sizes3(grad_output.shape[2:]),
+        depth.kernel, depth.stride, depth.padding, depth.dilation,
+        *strides5(input), *strides5(grad_output), chosen.tiles_per_split,
+        ACC=accumulator(input.dtype),
+        t=tile,
+        num_warps=few.WARPS,
+    )  # fmt: skip
+
+
+def _weight_sums(noted: Record, chosen: Plan, input, grad_output, partials, geometry: Geometry, large: bool) -> None:
+    """Launch the portable kernel for the partial sums of a weight's gradient."""
     from .kernels.direct import weight_direct
     from .kernels.gemm import weight_gemm
 
-    config = chosen.config
+    config, g, taps = chosen.config, geometry.groups, geometry.taps
     assert isinstance(config, Config)
-    columns, taps = c_in * (c_out // g), geometry.taps
+    c_in, c_out = input.shape[1] // g, grad_output.shape[1] // g
     scalars = (
         input.shape[0],
-        c_in // g,
-        c_out // g,
+        c_in,
+        c_out,
         g,
         *sizes3(input.shape[2:]),
         *sizes3(grad_output.shape[2:]),
@@ -220,7 +257,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     constants = dict(
         X_LAYOUT=layout(input, g),
         Y_LAYOUT=layout(grad_output, g),
-        LARGE=problem.large,
+        LARGE=large,
         ACC=accumulator(input.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -228,19 +265,13 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-    with on_device(input):
-        partials = noted.workspace((chosen.splits, taps, columns), dtype, input)
-        if chosen.family == "direct":
-            grid = taps * cdiv(columns, config.block_n) * chosen.splits
-            noted.launch(weight_direct, grid, input, grad_output, partials, *scalars, **constants)
-        else:
-            constants |= dict(PRECISION=chosen.precision, BLOCK_K=config.block_k)
-            tiles = cdiv(c_in // g, config.block_m) * cdiv(c_out // g, config.block_n)
-            grid = taps * tiles * g * chosen.splits
-            noted.launch(weight_gemm, grid, input, grad_output, partials, *scalars, **constants)
-        _sum_partials(noted, partials, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)
-    return noted.keep(key)
+    if chosen.family == "direct":
+        grid = taps * cdiv(partials.shape[2], config.block_n) * chosen.splits
+        noted.launch(weight_direct, grid, input, grad_output, partials, *scalars, **constants)
+    else:
+        constants |= dict(PRECISION=chosen.precision, BLOCK_K=config.block_k)
+        grid = taps * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n) * g * chosen.splits
+        noted.launch(weight_gemm, grid, input, grad_output, partials, *scalars, **constants)
 
 
 def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
@@ -359,25 +390,41 @@ def _order(w_t: int, taps, c_dst: int, kernel) -> str:
     return "strided"
 
 
-def forward_few(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
-    """Launch the few-channel kernel; 1-d and 2-d layers run as 3-d ones of one row or one plane."""
+def gather_few(
+    noted: Record, chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool
+) -> None:
+    """Launch the few-channel kernel, forward or backward_input; 1-d and 2-d layers run as 3-d ones of one row or plane."""
     from .kernels.few import gather_few
 
     g = geometry.groups
-    c_in, c_out = input.shape[1] // g, output.shape[1] // g
+    c_src, c_dst = source.shape[1] // g, destination.shape[1] // g
     w_i, w_o, w_d, w_h, w_w = strides5(weight)
-    assert isinstance(chosen.config, few.Few)
-    tile = replace(chosen.config, weight=(w_o, w_h, w_w))
-    size, depth = sizes3(output.shape[2:]), geometry.axes3[0]
+    w_s, w_t = (w_i, w_o) if is_forward else (w_o, w_i)
+    w_g, tap = (c_src if is_forward else c_dst) * w_i, 1
+    tile, depth = chosen.config, geometry.axes3[0]
+    assert isinstance(tile, few.Few)
+    size = (source if is_forward else destination).shape[2:]
+    programs = few.programs(tile, geometry, source.shape[0], c_dst, size, is_forward)
+    if tile.lanes > 1:  # as [tap, source channel, all destination channels]
+        w_t = w_i if g > 1 else w_t  # a group has one channel
+        weight = pack(noted, weight, (0, w_t, w_s), (w_d, w_h, w_w), 1, c_dst * g, c_src, 1, 16, 0)
+        _, height, width = weight.shape
+        _, _, kw = sizes3(geometry.kernel)
+        tile = replace(tile, weight=(0, kw, 1))
+        g, c_dst, w_g, w_s, tap = 1, c_dst * g, 0, width, height * width
+        w_d = prod(sizes3(geometry.kernel)[1:]) * tap
+    else:
+        tile = replace(tile, weight=(w_t, w_h, w_w))
     noted.launch(
-        gather_few, few.programs(tile, geometry, input.shape[0], c_out, size),
-        input, weight, output if bias is None else bias, output,
-        input.shape[0], c_in, c_out, g, *sizes3(input.shape[2:]), *size,
+        gather_few, programs,
+        source, weight, destination if bias is None else bias, destination,
+        source.shape[0], c_src, c_dst, g, *sizes3(source.shape[2:]), *sizes3(destination.shape[2:]),
         depth.kernel, depth.stride, depth.padding, depth.dilation, depth.gcd, depth.inverse,
-        *strides5(input)[:4], *strides5(output), c_in * w_i, w_i, w_d,
-        DST_WIDTH=layout(output) == "width",
+        *strides5(source), *strides5(destination), w_g, w_s, w_d, tap,
+        FORWARD=is_forward,
+        DST_WIDTH=layout(destination) == "width",
         HAS_BIAS=bias is not None,
-        ACC=accumulator(input.dtype),
+        ACC=accumulator(source.dtype),
         t=tile,
         num_warps=few.WARPS,
     )  # fmt: skip

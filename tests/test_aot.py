@@ -28,7 +28,7 @@ from tconv.geometry import Geometry
 KERNELS = {
     "gemm": ("gather_gemm", "weight_gemm"),
     "pack": ("pack_weight",),
-    "few": ("gather_few",),
+    "few": ("gather_few", "weight_few"),
     "direct": ("gather_direct", "weight_direct"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "shift": ("shift",),

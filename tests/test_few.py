@@ -1,28 +1,33 @@
-"""The few-channel kernel: which problems it takes, with which tile, and that these make the convolution."""
+"""The few-channel kernels: which problems they take, with which tile, and that these make the convolution."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from oracle import ATEN, assert_no_worse, errors
+from oracle import ATEN, assert_no_worse, errors, passes
 from test_aot import layer
 from test_passes import TCONV
 
 import tconv
-from tconv import few
+from tconv import dispatch, few, launch
 from tconv.configs import Target
 from tconv.geometry import Geometry
 
 HOPPER = Target("cuda", 90, 132)
+STRIDES = "the few-channel kernels read along the width, or channels in whole vectors"
 
 
-def drawn(seed):
-    """A random layer of few channels and its tensors in float64, or None where it has no output."""
+def drawn(seed, last):
+    """A random layer of few channels and its tensors in float64, channels_last or not, or None where it has no output."""
     draw = random.Random(seed)
-    ndim, groups = draw.choice((1, 2, 2, 3)), draw.choice((1, 1, 3))
-    c_in, c_out = (
-        draw.choice(((1, 8), (4, 12), (8, 1), (3, 3), (20, 5))) if groups == 1 else draw.choice(((1, 1), (2, 3)))
-    )
+    ndim = draw.choice((2, 2, 3)) if last else draw.choice((1, 2, 2, 3))
+    if last:  # channels side by side: depthwise, or few source channels
+        c_in, c_out, groups = draw.choice(((1, 1, 16), (1, 1, 48), (3, 16, 1), (1, 32, 1), (16, 2, 1)))
+    elif draw.random() < 0.5:
+        c_in, c_out, groups = draw.choice(((1, 8, 1), (4, 12, 1), (8, 1, 1), (3, 3, 1), (20, 5, 1)))
+    else:
+        c_in, c_out, groups = draw.choice(((1, 1, 3), (2, 3, 3), (8, 16, 2)))
     most = 5 if ndim < 3 else 3
     kernel = [draw.randint(1, most) for _ in range(ndim)]
     stride = [draw.randint(1, most - 1) for _ in range(ndim)]
@@ -34,27 +39,43 @@ def drawn(seed):
     if min(geometry.output_size(size)) < 1:
         return None
     torch.manual_seed(seed)
-    weight = torch.randn(c_in * groups, c_out, *kernel, dtype=torch.float64)
-    if draw.random() < 0.3:  # channels_last
+    format = {2: torch.channels_last, 3: torch.channels_last_3d}[ndim] if last else torch.contiguous_format
+    tensors = [torch.randn(2, c_in * groups, *size), torch.randn(c_in * groups, c_out, *kernel)]
+    tensors += [torch.randn(c_out * groups), torch.randn(2, c_out * groups, *geometry.output_size(size))]
+    input, weight, bias, grad = (
+        t.double().contiguous(memory_format=format) if t.ndim > 1 else t.double() for t in tensors
+    )
+    if draw.random() < 0.3:
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
-    bias = torch.randn(c_out * groups, dtype=torch.float64) if draw.random() < 0.5 else None
     options = dict(stride=stride, padding=padding, output_padding=output_padding, groups=groups, dilation=dilation)
-    return torch.randn(2, c_in * groups, *size, dtype=torch.float64), weight, bias, options
+    return input, weight, bias if draw.random() < 0.5 else None, grad, options
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_layers(seed, device):
-    if (layer := drawn(seed)) is None:
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("seed", range(14))
+def test_random_layers(seed, last, device, monkeypatch):
+    """All three passes; on a GPU, too, on layers so small that they would run elsewhere."""
+    if (layer := drawn(seed, last)) is None:
         pytest.skip("no output")
-    x, w, b, options = layer
-    expected = ATEN[x.ndim - 2](x, w, b, **options)
+    monkeypatch.setattr(few, "PROGRAMS", 0)
+    few.choose.cache_clear()
+    dispatch.plan.cache_clear()
+    launch.record.forget()
+    *tensors, options = layer
+    expected = passes(ATEN[tensors[0].ndim - 2], *tensors, **options)
     dtype = torch.float64 if device == "cpu" else torch.float32
-    x, w, b = (None if t is None else t.to(device, dtype) for t in (x, w, b))
-    plan = tconv.explain(x, w, b, **options).passes[0].plan
-    actual = TCONV[x.ndim - 2](x, w, b, **options)
-    assert errors(actual.cpu(), expected)[1] < (1e-13 if device == "cpu" else 3e-7)
-    if device == "cpu":
-        assert plan.family == "few", plan
+    tensors = [None if t is None else t.to(device, dtype) for t in tensors]
+    actual = passes(TCONV[tensors[0].ndim - 2], *tensors, **options)
+    for name, ours, exact in zip(("output", "grad_input", "grad_weight", "grad_bias"), actual, expected, strict=False):
+        assert errors(ours.cpu(), exact)[1] < (1e-13 if device == "cpu" else 3e-7), name
+    told = [each.plan for each in tconv.explain(*tensors[:3], **options).passes]
+    assert "few" in [plan.family for plan in told]
+    if not last:
+        assert told[0].family == "few", told[0]
+        if options["groups"] == 3 and expected[0].shape[-1] > 1 and tensors[1].is_contiguous():
+            assert told[2].family == "few", told[2]
+    if last and options["groups"] > 1:
+        assert [(plan.family, plan.config.lanes) for plan in told] == [("few", 16)] * 3
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -82,10 +103,11 @@ def test_long_sums_in_fp32(c_in, kernel, stride, tf32, device):
         assert errors(tconv.conv_transpose2d(x, w, stride=stride), exact)[1] < 1.7e-7
 
 
-def chosen(c_in, c_out, kernel, size, batch, half=True, **options):
+def chosen(c_in, c_out, kernel, size, batch, half=True, last=False, direction="forward", **options):
     *_, geometry = layer(c_in, c_out, kernel, size, batch, **options)
-    g = geometry.groups
-    return few.choose(geometry, batch, c_in // g, c_out // g, size, half, HOPPER), geometry
+    channels = c_in // geometry.groups, c_out // geometry.groups
+    c_src, c_dst = reversed(channels) if direction == "backward_input" else channels
+    return few.choose(direction, geometry, batch, c_src, c_dst, size, half, last, HOPPER), geometry
 
 
 def test_tiles():
@@ -109,8 +131,24 @@ def test_tiles():
         assert sum(len(uses) for _, _, uses in tile.reads) == taps
         assert len({use for _, _, uses in tile.reads for use in uses}) == taps
         assert args[0] // geometry.groups % tile.unroll == 0 and args[1] // geometry.groups % tile.channels == 0
-        output = (1,) * (3 - geometry.ndim) + tuple(geometry.output_size(args[3]))
-        assert few.programs(tile, geometry, args[4], args[1] // geometry.groups, output) >= 2 * HOPPER.processors
+        c_dst = args[1] // geometry.groups
+        assert few.programs(tile, geometry, args[4], c_dst, args[3], True) >= 2 * HOPPER.processors
+
+
+@pytest.mark.parametrize("half", (True, False))
+@pytest.mark.parametrize("direction", dispatch.PASSES)
+def test_tiles_in_channels_last(direction, half):
+    """Vectors of 8 or 16 bytes a thread, and a place in registers for each sum."""
+    for args, options in (
+        ((384, 384, 2, (32, 32), 64), dict(stride=2, groups=384)),
+        ((128, 128, 5, (32, 32, 32), 2), dict(stride=2, padding=2, groups=128)),
+        ((48, 48, 4, (64, 64), 16), dict(stride=2, padding=1, groups=48)),
+    ):
+        tile, _ = chosen(*args, half=half, last=True, direction=direction, **options)
+        a_thread = tile.pixels * tile.lanes // (few.WARPS * few.WARP)
+        sums = len(tile.reads) if direction == "backward_weight" else tile.sums
+        assert args[0] % tile.lanes == 0 and tile.lanes >= 16 and a_thread >= 4
+        assert a_thread * sums <= few.READS and tile.pixels % tile.box == 0 and tile.own
 
 
 def test_too_few_pixels_are_left():
@@ -122,57 +160,73 @@ def test_too_few_pixels_are_left():
     [
         (64, 3, "tf32", {}, ""),
         (64, 6, "half", {}, "not few channels"),
-        (64, 8, "tf32", {}, ""),
+        (64, 8, "ieee", {}, ""),
         (4, 32, "half", {}, ""),
         (5, 32, "half", {}, "not few channels"),
         (4, 4, "", dict(groups=2), ""),
-        (8, 5, "", dict(groups=2), "not few channels"),
-        (64, 3, "tf32", dict(large=True), "the few-channel kernel has 32-bit offsets"),
-        (64, 3, "tf32", dict(source="vectors"), "the few-channel kernel reads along the width"),
-        (64, 1, "tf32", dict(stride=8), "the few-channel kernel would have too many phases or taps"),
+        (32, 5, "", dict(groups=2), "not few channels"),
+        (8, 5, "", dict(groups=2, direction="backward_weight"), "not few channels"),
+        (4, 4, "half", dict(direction="backward_weight"), "not few channels"),
+        (3, 64, "half", dict(direction="backward_input"), ""),
+        (64, 3, "tf32", dict(large=True), "the few-channel kernels have 32-bit offsets"),
+        (64, 3, "tf32", dict(source="vectors"), STRIDES),
+        (3, 64, "half", dict(direction="backward_input", source="channels", whole=(False, True)), ""),
+        (1, 1, "", dict(groups=16, source="channels", whole=(True, True)), ""),
+        (1, 1, "", dict(groups=16, source="channels", whole=(True, False)), STRIDES),
+        (2, 2, "", dict(groups=16, source="channels", whole=(True, True)), "several channels a group in channels_last"),
+        (64, 1, "tf32", dict(stride=8), "the few-channel kernels would have too many phases or taps"),
+        (64, 1, "tf32", dict(stride=8, direction="backward_input"), ""),
     ],
 )
 def test_which(c_in, c_out, how, options, why):
-    options = dict(large=False, source="width", groups=1, stride=2) | options
-    stride, groups = options.pop("stride"), options.pop("groups")
+    """c_in and c_out are the source's and the destination's."""
+    options = dict(large=False, source="width", destination="width", whole=(False, False), groups=1, stride=2) | options
+    stride, groups, direction = options.pop("stride"), options.pop("groups"), options.pop("direction", "forward")
     geometry = Geometry((4, 4), (stride, stride), (1, 1), (0, 0), groups, (1, 1))
-    assert few.refuse(geometry, c_in, c_out, how=how, **options) == why
+    assert few.refuse(direction, geometry, c_in, c_out, how=how, **options) == why
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(
     "args, options",
     [
         ((64, 3, 4, (64, 64), 16), dict(stride=2, padding=1)),
         ((56, 1, 9, (270, 480), 1), dict(stride=3, padding=4, output_padding=2)),
-        ((90, 5, 4, (136, 241), 2), dict(stride=2, padding=1)),
         ((192, 192, 3, (57, 56), 4), dict(stride=2, padding=1, groups=192)),
-        ((64, 128, 5, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
+        ((64, 64, 5, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
+        ((64, 128, 3, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
         ((48, 1, 8, (64084,), 2), dict(stride=4)),
+        ((96, 96, 12, (8202,), 4), dict(stride=2, padding=5, groups=96)),
         ((3, 16, 3, (16, 32, 32), 16), dict(stride=2, padding=1)),
-        ((64, 8, 3, (200, 200), 4), dict(dilation=2)),
+        ((32, 64, 3, (64, 96), 4), dict(stride=(2, 3), padding=1, groups=4)),
+        ((64, 3, 3, (200, 200), 4), dict(dilation=2)),
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
 )
-def test_on_a_gpu(args, options, dtype, ieee):
-    """Layers large enough to take the kernel there, against the oracle and cuDNN; the same bits every time."""
-    batch, c_in, c_out, size, geometry = layer(*args, **options)
-    x = torch.randn(batch, c_in, *size, device="cuda", dtype=dtype)
-    w = torch.randn(c_in, c_out // geometry.groups, *geometry.kernel, device="cuda", dtype=dtype)
-    b = torch.randn(c_out, device="cuda", dtype=dtype)
-    plan = tconv.explain(x, w, b, **options).passes[0].plan
-    if (
-        dtype.itemsize == 2
-        and geometry.groups == 1
-        and few.FEW_OUT["half"] < c_out < few.WITH_FEW_IN
-        and c_in > few.FEW_IN
-    ):
-        pytest.skip("16-bit layers of so many channels take the tensor core")
-    assert plan.family == "few"
-    aten = ATEN[geometry.ndim]
-    exact, peer = aten(x.double(), w.double(), b.double(), **options), aten(x, w, b, **options)
-    ours = TCONV[geometry.ndim]
-    actual = ours(x, w, b, **options)
-    assert_no_worse(actual, exact, peer, str(plan))
-    assert torch.equal(actual, ours(x, w, b, **options))
+def test_on_a_gpu(args, options, dtype, last, ieee):
+    """Layers large enough to take the kernels there, against the oracle and cuDNN; the same bits every time."""
+    batch, c_in, c_out, size, geometry = layer(*args, **{k: v for k, v in options.items() if k != "stride"})
+    stride = options.get("stride", 1)
+    geometry = replace(geometry, stride=stride if isinstance(stride, tuple) else (stride,) * len(size))
+    if last and geometry.ndim == 1:
+        pytest.skip("torch has no channels_last in 1-d")
+    format = {2: torch.channels_last, 3: torch.channels_last_3d}[geometry.ndim] if last else torch.contiguous_format
+    like = dict(device="cuda", dtype=dtype)
+    x = torch.randn(batch, c_in, *size, **like).contiguous(memory_format=format)
+    w = torch.randn(c_in, c_out // geometry.groups, *geometry.kernel, **like)
+    b = torch.randn(c_out, **like)
+    grad = torch.randn(batch, c_out, *geometry.output_size(size), **like).contiguous(memory_format=format)
+    families = [each.plan.family for each in tconv.explain(x, w, b, **options).passes]
+    if last and geometry.groups in (1, 4):
+        assert "few" in families or c_out == 1 or geometry.groups == 4
+    else:
+        assert families[0] == "few" and (geometry.groups in (1, 4) or families[1:3] == ["few", "few"])
+    aten, ours = ATEN[geometry.ndim], TCONV[geometry.ndim]
+    exact = passes(aten, x.double(), w.double(), b.double(), grad.double(), **options)
+    peer = passes(aten, x, w, b, grad, **options)
+    actual, again = (passes(ours, x, w, b, grad, **options) for _ in range(2))
+    for name, family, *each in zip(dispatch.PASSES, families, actual, exact, peer, again, strict=False):
+        assert_no_worse(*each[:3], f"{name}, {family}")
+        assert torch.equal(each[0], each[3]), name

@@ -99,6 +99,15 @@ def split_row(row, d_size, h_size):
 
 
 @triton.jit
+def split_tap(t, count_h, count_w):
+    """(jd, jh, jw) of a phase's tap t.  A phase without taps divides by 1: LLVM takes a division by zero, moved ahead of a
+    loop without steps, as proof that there are steps."""
+    count_h = tl.maximum(count_h, 1)
+    count_w = tl.maximum(count_w, 1)
+    return t // count_w // count_h, t // count_w % count_h, t % count_w
+
+
+@triton.jit
 def inside(i, size):
     """0 <= i < size in one unsigned comparison."""
     return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)

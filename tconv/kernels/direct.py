@@ -17,6 +17,7 @@ from .common import (
     known_strides,
     load_tile,
     split_row,
+    split_tap,
     store_tile,
 )
 
@@ -107,11 +108,7 @@ def gather_direct(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for i in range(count_d * count_h * count_w * c_src):
         j = i % c_src
-        t = i // c_src
-        jw = t % count_w
-        t = t // count_w
-        jh = t % count_h
-        jd = t // count_h
+        jd, jh, jw = split_tap(i // c_src, count_h, count_w)
         tap = (
             (first_d + jd * tap_step_d).to(tl.int64) * w_d
             + (first_h + jh * tap_step_h).to(tl.int64) * w_h

@@ -15,6 +15,7 @@ from .common import (
     matmul,
     operand,
     split_row,
+    split_tap,
     store_tile,
 )
 
@@ -116,11 +117,7 @@ def gather_gemm(
     per_split = tl.cdiv(steps, splits)
     for i in range(split * per_split, tl.minimum((split + 1) * per_split, steps)):
         block = i % blocks
-        t = i // blocks
-        jw = t % count_w
-        t = t // count_w
-        jh = t % count_h
-        jd = t // count_h
+        jd, jh, jw = split_tap(i // blocks, count_h, count_w)
         tap = ((first_d + jd * tap_step_d) * kh + first_h + jh * tap_step_h) * kw + first_w + jw * tap_step_w
         dd = jd * step_d
         dh = jh * step_h
