@@ -269,7 +269,7 @@ def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | No
     p = problem
     if "shift" in target.without:
         return None, "the shift kernel is left out"
-    refused = shift.refuse(p.geometry, p.c_in, p.c_out, p.large, how, p.source, p.destination, p.vector, target)
+    refused = shift.refuse(p.geometry, p.c_in, p.large, how, p.source, p.destination, target)
     if refused:
         return None, refused
     tile = shift.choose(

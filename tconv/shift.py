@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import gcd, prod
 
 from .configs import Target, cdiv, power_of_two
 from .geometry import Axis
@@ -138,8 +138,9 @@ class Shift:
     src_layout: str
     dst_layout: str
     how: str  # the input comes by "bulk" copies, by "staged" ones with threads behind them, or by "threads" alone
-    vector: int  # neighbouring pixels a thread loads
-    dst_vector: int
+    vector: int  # what divides the input's strides: so many neighbouring pixels or channels a load brings
+    dst_vector: int  # and a store of the output takes
+    dst_channels: int  # of a tile's channels, how many are stored: fewer where the output has few
     bring: int  # pixels that the producers' threads load at once
     staging: int  # chunks of `bring` pixels that bulk copies bring ahead of the threads
     registers: tuple[int, int]  # a thread, of the second consumer and of who brings the input
@@ -194,6 +195,7 @@ def make(
     axes: tuple[Axis, Axis, Axis],
     dtype: str,
     c_in: int,
+    c_out: int,
     box: int,
     pixels: int,
     kb: int,
@@ -233,7 +235,8 @@ def make(
     low_w, high_w = min(columns, default=0), max(columns, default=0)
     staged = how == "staged"
     # More would spill.
-    bring = {"bulk": 1, "staged": min(64, box & -box), "threads": 128 if dtype == "tf32" else 64}[how]
+    narrow = src_layout == "channels" and src_vector * size < 16
+    bring = {"bulk": 1, "staged": min(64, box & -box), "threads": 128 if dtype == "tf32" and not narrow else 64}[how]
     looped = (depth, height) if by_row else (depth,)
     if staged and bring < 16:
         return None
@@ -250,7 +253,7 @@ def make(
     align = 1 if src_layout == "channels" else 16 // size if staged else src_vector  # a bulk copy starts at 16 bytes
     low_w -= low_w % align
     useful = box - (high_w - low_w)
-    if f.joined != width.stride:
+    if dst_layout == "width" and f.joined != width.stride:
         dst_vector = 1  # the last phases do not exist
     step = max(align, cdiv(dst_vector, width.stride)) if dst_layout == "width" else align
     useful -= useful % step
@@ -308,6 +311,8 @@ def make(
     if in_turn:
         stages -= stages % (2 * read_in)
     low = tuple(lows[:1] if all_phases else lows)
+    # Eight rows of the buffer are swizzled together, and cannot be told apart.
+    dst_channels = min(f.channels, power_of_two(c_out, 8 if dst_layout == "width" else 1, M))
     # So that fewest are spilt; a warp for the weights takes the registers of four.
     if how == "bulk":
         registers = 240, 24
@@ -319,7 +324,7 @@ def make(
         taps, blocks_w, whole, parts, low, low_w, depth, volume, height, by_row, alike, width.stride, f,
         rows, halo_rows, box, useful, of_consumer, work, size, dtype, kb, stages, part,
         pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
-        src_layout, dst_layout, how, src_vector, dst_vector, bring, staging, registers,
+        src_layout, dst_layout, how, src_vector, dst_vector, dst_channels, bring, staging, registers,
         1 if how == "bulk" else 4,
     )  # fmt: skip
 
@@ -363,7 +368,10 @@ BLOCK, TAP = 150, 7  # cycles of a block of channels and of a tap of it, beside 
 BRING = {"bulk": 200, "staged": 21, "threads": 11}  # bytes of input
 COPY = {"bulk": 110, "staged": 400, "threads": 120}  # cycles of a row that is copied or a chunk that is brought
 WEIGHTS, WEIGHT_COPY = 90, 7  # bytes of streamed weights, cycles of a block of them
-OUTPUT = {"width": 19, "channels": 30}  # bytes stored
+# Bytes through the output buffer and from there to memory: 19 and 30 a cycle together, measured with all of a tile's
+# channels and 16 bytes of channels a thread.  For fewer both are estimates.
+BUFFER, STORE = 60, {"width": 28, "channels": 60}
+NARROW_LOAD = 8  # cycles of a warp's load in addition to those of 16 bytes a thread, estimated
 LINE, SHORT = 128, 0.26  # shorter runs than so many bytes slow accesses down, by this power of what is missing
 OVERLAP = 0.3  # of the second longest of what runs side by side adds to the longest
 TILE = 2000  # cycles of a tile beside everything else
@@ -382,10 +390,16 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels // tile.groups == 64 else 1.0)
     multiply = tile.of_tile * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
     run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
-    store = tile.of_tile * M * phases * tile.fold.accumulators * tile.size / OUTPUT[tile.dst_layout] / run**SHORT
+    stores = tile.fold.phases * tile.dst_channels / STORE[tile.dst_layout]
+    if tile.dst_layout == "channels":
+        stores *= 16 / (tile.dst_vector * tile.size)
+    store = tile.of_tile * phases * tile.fold.accumulators * tile.size * (M / BUFFER + stores) / run**SHORT
     gathered = tile.src_layout == "width" and tile.how == "threads"
     run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
-    bring = readings * tile.halo_rows * tile.box * channels * tile.size / BRING[tile.how] / run**SHORT
+    brought = readings * tile.halo_rows * tile.box * channels * tile.size
+    bring = brought / BRING[tile.how] / run**SHORT
+    if tile.src_layout == "channels" and tile.how == "threads":
+        bring += brought / 32 * (1 / (tile.vector * tile.size) - 1 / 16) * NARROW_LOAD
     bring += COPY[tile.how] * blocks * (tile.halo_rows if tile.how == "bulk" else tile.brings)
     weights = 0 if tile.resident else taps * walked.blocks * (M * tile.kb * tile.size / WEIGHTS + WEIGHT_COPY)
     # With a tile each, one group of warps multiplies while the other stores.
@@ -443,7 +457,7 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
                         yield box, pixels, kb, work, all_phases, by_row, folded, how
 
 
-def refuse(geometry, c_in, c_out, large, precision, source, destination, vector, target: Target) -> str:
+def refuse(geometry, c_in, large, precision, source, destination, target: Target) -> str:
     """Why the shift kernel does not take a problem, or ""."""
     depth, height, width = geometry.axes3
     for bad, why in (
@@ -468,8 +482,7 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, vector,
         (width.kernel > MOST_WIDTH, f"the shift kernel has up to {MOST_WIDTH} taps along the width"),
         (large, "the shift kernel has 32-bit offsets"),
         (c_in < 16, "few input channels"),
-        (source not in ("width", "vectors") or destination not in ("width", "vectors"), "of the tensors' strides"),
-        (source == "vectors" and vector < 8, "the input is not aligned to 16 bytes"),
+        ("strided" in (source, destination), "of the tensors' strides"),
     ):
         if bad:
             return why
@@ -490,19 +503,19 @@ def choose(
     output = geometry.output_size(size)
     size, output = ((1,) * (3 - len(s)) + tuple(s) for s in (size, output))
     element = bytes_of(dtype)
-    how = "bulk" if source == "vectors" and element == 2 else "staged" if vector * element >= 16 else "threads"
-    src_vector = min(vector, 2) if source == "width" and element == 2 else 1
-    dst_vector = 4 if output[2] % 4 == 0 else 1
-    layouts = {"width": "width", "vectors": "channels"}
+    src_layout, dst_layout = (each if each == "width" else "channels" for each in (source, destination))
+    last = src_layout == "channels"
+    how = ("bulk" if last and element == 2 else "staged") if vector * element >= 16 else "threads"
+    src_vector = gcd(vector, c_in, 16 // element) if last else min(vector, 4 // element)
+    # The output is new: its strides are multiples of its channels, or of its width.
+    dst_vector = gcd(c_out, 16 // element) if dst_layout == "channels" else 4 if output[2] % 4 == 0 else 1
     best: tuple[float, float, Shift] | None = None
     columns = cdiv(output[2], axes[2].stride)
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
     for each in (how,) if how == "bulk" else dict.fromkeys((how, "threads")):
-        for candidate in candidates(axes, dtype, columns, c_in, c_out, each, src_vector):
-            tile = make(
-                axes, dtype, c_in, *candidate, layouts[source], layouts[destination], src_vector, dst_vector, volume
-            )
+        for candidate in candidates(axes, dtype, columns, c_in, c_out, each, 1 if last else src_vector):
+            tile = make(axes, dtype, c_in, c_out, *candidate, src_layout, dst_layout, src_vector, dst_vector, volume)
             if tile is None:
                 continue
             walked = walk(tile, axes, batch, c_in, c_out, size, output, processors)
@@ -516,6 +529,7 @@ def choose(
     if best is None:
         return None
     _, took, tile = best
-    products = PRODUCTS[tile.parts] * batch * prod(output) * c_in * c_out * geometry.taps / prod(geometry.stride)
+    rows = max(c_out, 16)  # the portable kernels' tiles have no fewer
+    products = PRODUCTS[tile.parts] * batch * prod(output) * c_in * rows * geometry.taps / prod(geometry.stride)
     least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
     return tile if least >= LEAST_SHARE * took else None

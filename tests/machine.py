@@ -146,6 +146,9 @@ class Shared:
     def permute(self, order):
         return Shared(self.array.transpose(order))
 
+    def slice(self, start, length, dim):
+        return Shared(self.array.swapaxes(0, dim)[start : start + length].swapaxes(0, dim))
+
     def store(self, value):
         assert self.array.shape == value.a.shape
         self.array[...] = value.a

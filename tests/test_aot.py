@@ -72,6 +72,8 @@ LAYERS = {
     "tiles-bf16-nhwc": (layer(64, 48, 2, (128, 128), 8, stride=2), BF16, LAST, True),
     "image-bf16-nhwc": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, LAST, True),
     "image-bf16-nchw": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, FIRST, True),
+    "odd-bf16-nhwc": (layer(66, 20, 3, (64, 64), 32, padding=1), BF16, LAST, True),
+    "odd-tf32-nhwc": (layer(65, 17, 2, (64, 64), 32, stride=2), FP32, LAST, True),
     "speech-fp32": (layer(48, 8, 8, (64084,), 4, stride=4), FP32, FIRST, False),
     "innermost-fp32-nchw": (layer(512, 512, 4, (2, 2), 16, stride=2, padding=1), FP32, FIRST, True),
     "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),

@@ -2,14 +2,14 @@
 
 import itertools
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd, prod
 
 import pytest
 import torch
 from oracle import ATEN, assert_no_worse, round_tf32
 
 import tconv
-from tconv import launch, shift
+from tconv import dispatch, launch, shift
 from tconv.configs import Target
 from tconv.dispatch import Problem, plan
 from tconv.geometry import Geometry
@@ -166,7 +166,7 @@ def test_tiles_make_the_convolution(name, dtype):
     ):
         columns = -(-exact.shape[-1] // g.stride[-1])
         for candidate in shift.candidates(g.axes3, dtype, columns, 20, 3, how, vector):
-            tile = shift.make(g.axes3, dtype, 20, *candidate, source, "width", vector, 4, g.ndim == 3)
+            tile = shift.make(g.axes3, dtype, 20, 3, *candidate, source, "width", vector, 4, g.ndim == 3)
             # One tile of each kind: the CPU carries them out pixel by pixel.
             if tile is None:
                 continue
@@ -193,7 +193,7 @@ def test_folded_phases_read_the_same_inputs():
     ):
         axes = geometry(ndim, kernel, stride, padding).axes3
         candidates = list(shift.candidates(axes, "bf16", 400, 64, 64, "threads", 1))
-        tiles = [shift.make(axes, "bf16", 64, *each, "width", "width", 1, 1, False) for each in candidates]
+        tiles = [shift.make(axes, "bf16", 64, 64, *each, "width", "width", 1, 1, False) for each in candidates]
         assert any(tiles) == exact, (kernel, stride, padding)
 
 
@@ -206,7 +206,7 @@ def test_packed_weights_of_folded_phases(name, dtype, format, device):
     weight = laid_out(torch.randn(20, 37, *g.kernel, device=device), format)
     checked = 0
     for candidate in shift.candidates(g.axes3, dtype, 64, 20, 37, "threads", 1):
-        tile = shift.make(g.axes3, dtype, 20, *candidate, "width", "width", 1, 1, g.ndim == 3)
+        tile = shift.make(g.axes3, dtype, 20, 37, *candidate, "width", "width", 1, 1, g.ndim == 3)
         if tile is None or tile.box != 64 or tile.pixels != 64:
             continue
         packed = launch.pack_folded(Record(weight), weight, g, tile).cpu()
@@ -298,7 +298,6 @@ def test_tiles_fit(suite):
         (dict(large=True), "the shift kernel has 32-bit offsets"),
         (dict(c_in=15), "few input channels"),
         (dict(source="strided"), "of the tensors' strides"),
-        (dict(source="vectors", vector=4), "the input is not aligned to 16 bytes"),
         (dict(batch=1, c_out=64, input_size=(2, 2)), "none of the shift kernel's tiles fits or fills the GPU"),
     ),
     ids=lambda v: v if isinstance(v, str) else "",
@@ -322,11 +321,16 @@ class Case:
     def geometry(self):
         return geometry(len(self.input) - 2, self.weight[2:], **self.layer)
 
-    @property
-    def in_ieee(self):
-        """Whether the shift kernel takes it in IEEE fp32."""
+    def problem(self, precision, source="width", destination="width", vector=1):
+        dtype = getattr(torch, precision, torch.float32)
+        sizes = self.input[0], self.input[1], self.weight[1], self.input[2:]
+        return Problem("forward", self.geometry, *sizes, dtype, precision == "tf32", source, destination, vector)
+
+    def is_taken(self, precision):
+        """Whether the shift kernel has its precision."""
         _, height, width = self.geometry.axes3
-        return height.kernel * width.kernel <= shift.MOST_IEEE_TAPS
+        how = dispatch.precision(self.problem(precision), TARGET)
+        return how != "ieee" and (how != "tf32x3" or height.kernel * width.kernel <= shift.MOST_IEEE_TAPS)
 
 
 CASES = (
@@ -372,27 +376,64 @@ CASES = (
     Case("3d_k3x5x7", (8, 32, 12, 21, 40), (32, 64, 3, 5, 7), dict(padding=(1, 2, 0))),
     Case("3d_k2s3_empty_phase", (2, 64, 4, 64, 64), (64, 192, 2, 2, 2), dict(stride=(3, 2, 2))),
     Case("3d_k3s2_depth", (8, 64, 20, 30, 40), (64, 48, 3, 1, 3), dict(stride=(2, 1, 1), dilation=(3, 1, 1))),
+    Case("k4s2_image", (8, 64, 48, 56), (64, 3, 4, 4), dict(stride=2, padding=1)),
+    Case("k2s2_20", (32, 32, 60, 63), (32, 20, 2, 2), dict(stride=2)),
+    Case("k4s2_66", (16, 66, 49, 48), (66, 32, 4, 4), dict(stride=2, padding=1)),
+    Case("k2s2_130", (32, 130, 48, 49), (130, 64, 2, 2), dict(stride=2)),
+    Case("k9s3_one", (4, 56, 60, 61), (56, 1, 9, 9), dict(stride=3, padding=4, output_padding=2)),
+    Case("k2s2_90", (32, 90, 48, 49), (90, 90, 2, 2), dict(stride=2)),
+    Case("k3_odd", (16, 65, 60, 61), (65, 17, 3, 3), dict(padding=1)),
+    Case("k4s4_nine", (32, 64, 40, 41), (64, 9, 4, 4), dict(stride=4)),
+    Case("3d_k3_24", (8, 48, 12, 30, 33), (48, 24, 3, 3, 3), dict(padding=1)),
+    Case("3d_k1_14", (8, 32, 17, 60, 61), (32, 14, 1, 1, 1)),
 )
+PRECISIONS = "tf32", "ieee", "float16", "bfloat16"
+
+
+def in_channels_last(channels):
+    """The LAYOUT and vector of a dense channels_last tensor."""
+    return "width" if channels == 1 else "channels" if channels % 16 else "vectors", gcd(channels, 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "c_in", "c_out", "vector", "expected"),
+    (
+        (torch.bfloat16, 64, 64, 16, ("bulk", 8, 8, 64)),
+        (torch.bfloat16, 56, 20, 8, ("bulk", 8, 4, 32)),
+        (torch.bfloat16, 64, 64, 4, ("threads", 4, 8, 64)),  # a view that does not begin at 16 bytes
+        (torch.bfloat16, 66, 3, 2, ("threads", 2, 1, 4)),
+        (torch.float32, 66, 90, 2, ("threads", 2, 2, 64)),
+        (torch.float32, 65, 17, 16, ("threads", 1, 1, 32)),  # some channels of a tensor of more
+        (torch.float32, 64, 2, 16, ("threads", 4, 2, 2)),
+    ),
+)
+def test_loads_and_stores_of_channels_are_as_wide_as_they_may_be(dtype, c_in, c_out, vector, expected):
+    layouts = (in_channels_last(channels)[0] for channels in (c_in, c_out))
+    problem = Problem("forward", geometry(2, 3, 1, 1), 32, c_in, c_out, (64, 64), dtype, True, *layouts, vector)
+    tile = plan(problem, TARGET).config
+    assert (tile.how, tile.vector, tile.dst_vector, tile.dst_channels) == expected
+
+
+def formats(ndim):
+    return (torch.contiguous_format, *{2: [torch.channels_last], 3: [torch.channels_last_3d]}.get(ndim, []))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_cases_take_the_shift_kernel(case):
     """By the plan for a Hopper GPU: what the next test runs there is this kernel."""
-    ndim, g = len(case.input) - 2, case.geometry
-    dtypes = (torch.float32, True), (torch.float32, False), (torch.float16, True), (torch.bfloat16, True)
-    for (dtype, tf32), (source, vector) in itertools.product(dtypes, (("width", 1), ("width", 4), ("vectors", 16))):
-        sizes = case.input[0], case.input[1], case.weight[1], case.input[2:]
-        for destination in {source, "vectors" if ndim > 1 else "width"}:
-            problem = Problem("forward", g, *sizes, dtype, tf32, source, destination, vector)
-            taken = tf32 or case.in_ieee
-            assert (plan(problem, TARGET).family == "shift") == taken, (dtype, tf32, source, destination)
+    last = in_channels_last(case.input[1])
+    destinations = ("width", in_channels_last(case.weight[1])[0])[: len(formats(len(case.input) - 2))]
+    for precision, (source, vector) in itertools.product(PRECISIONS, (("width", 1), ("width", 4), last)):
+        for destination in destinations:
+            chosen = plan(case.problem(precision, source, destination, vector), TARGET)
+            assert (chosen.family == "shift") == case.is_taken(precision), (precision, source, destination)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
     "case, precision",
-    [(c, p) for p in ("tf32", "ieee", "float16", "bfloat16") for c in CASES if p != "ieee" or c.in_ieee],
+    [(case, precision) for precision in PRECISIONS for case in CASES if case.is_taken(precision)],
     ids=lambda value: value if isinstance(value, str) else value.id,
 )
 def test_on_the_gpu(case, precision, reserve):
@@ -407,9 +448,7 @@ def test_on_the_gpu(case, precision, reserve):
     bias = torch.randn(case.weight[1], device="cuda", dtype=dtype)
     exact = ATEN[ndim](x.double(), w.double(), bias.double(), **case.layer)
     peer = ATEN[ndim](x, w, bias, **case.layer)
-    formats = (torch.contiguous_format, {2: torch.channels_last, 3: torch.channels_last_3d}.get(ndim))
-    formats = formats[: min(ndim, 2)] if case.weight[1] % 16 == 0 else formats[:1]  # an output of few channels is NCHW
-    for x_format, w_format in itertools.product(formats, repeat=2):
+    for x_format, w_format in itertools.product(formats(ndim), repeat=2):
         inputs = x.contiguous(memory_format=x_format), w.contiguous(memory_format=w_format)
         assert tconv.explain(*inputs, bias, **case.layer).passes[0].plan.family == "shift"
         y = function(*inputs, bias, **case.layer)
@@ -421,16 +460,18 @@ def test_on_the_gpu(case, precision, reserve):
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
-    "case, dtype",
-    [(c, d) for d in (torch.float16, torch.float32) for c in CASES if d is torch.float16 or c.in_ieee],
-    ids=lambda value: value.id if isinstance(value, Case) else str(value).removeprefix("torch."),
+    "case, precision",
+    [(case, precision) for precision in ("float16", "ieee") for case in CASES if case.is_taken(precision)],
+    ids=lambda value: value if isinstance(value, str) else value.id,
 )
-def test_infinities_stay_where_they_belong(case, dtype, ieee):
+def test_infinities_stay_where_they_belong(case, precision, ieee):
     """An infinity in the input reaches the outputs that its taps reach, and no other."""
-    ndim = len(case.input) - 2
+    ndim, dtype = len(case.input) - 2, getattr(torch, precision, torch.float32)
     function = (tconv.conv_transpose1d, tconv.conv_transpose2d, tconv.conv_transpose3d)[ndim - 1]
     x = torch.randn(case.input, device="cuda", dtype=dtype)
     w = torch.randn(case.weight, device="cuda", dtype=dtype) / case.input[1] ** 0.5
     x[1, 1][tuple(n // 2 for n in case.input[2:])] = torch.inf
     exact = ATEN[ndim](x.double(), w.double(), **case.layer)
-    assert torch.equal(function(x, w, **case.layer).isfinite(), exact.isfinite())
+    for each in formats(ndim):
+        y = function(x.contiguous(memory_format=each), w, **case.layer)
+        assert torch.equal(y.isfinite(), exact.isfinite()), each

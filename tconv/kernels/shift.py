@@ -70,12 +70,13 @@ def _producer_layout(p):
 @triton.constexpr_function
 def _store_layout(p):
     """Of a chunk on its way from shared memory to the output: along the pixels (width) or the channels."""
+    warps = 4 * p.groups
     if p.dst_layout == "channels":
-        vector = 16 // p.size
-        across = p.fold.channels // vector
-        return gl.BlockedLayout([1, vector], [32 // across, across], [4 * p.groups, 1], [1, 0])
+        lanes = min(32, p.dst_channels // p.dst_vector)
+        return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [warps, 1], [1, 0])
     lanes = min(32, p.chunk * p.joined // p.dst_vector)
-    return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [4 * p.groups, 1], [1, 0])
+    down = min(warps, p.dst_channels)
+    return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [down, warps // down], [1, 0])
 
 
 @gluon.jit
@@ -527,10 +528,10 @@ def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: g
     c_out, h_out, w_out, y_c, y_h = sizes[13], sizes[14], sizes[15], sizes[17], sizes[18]
     layout: gl.constexpr = _store_layout(p)
     buffer.store(v)
-    v = buffer.load(layout)
+    v = buffer.slice(0, p.dst_channels, 0).load(layout)
     i = gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout))
     flat = _flat(i, FIRST, p.joined, p) + _here(co, p) * 16
-    c = co + gl.arange(0, p.fold.channels, layout=gl.SliceLayout(1, layout))
+    c = co + gl.arange(0, p.dst_channels, layout=gl.SliceLayout(1, layout))
     offset, q, ok = _where(row, flat // (p.box * p.joined), phase_d, sizes, p)
     h = q * p.height.stride + phase
     column = flat % (p.box * p.joined)
@@ -559,10 +560,10 @@ def _store_channels(
         buffer.store(v)
     else:
         buffer.store(v.permute((1, 0)))
-    v = buffer.load(layout)
+    v = buffer.slice(0, p.dst_channels, 1).load(layout)
     i = gl.arange(0, p.chunk * F, layout=gl.SliceLayout(1, layout))
     flat = _flat(i, FIRST, F, p) + _here(co, p) * 16
-    c = co + gl.arange(0, p.fold.channels, layout=gl.SliceLayout(0, layout))
+    c = co + gl.arange(0, p.dst_channels, layout=gl.SliceLayout(0, layout))
     offset, q, ok = _where(row, flat // F // p.box, phase_d, sizes, p)
     h = q * p.height.stride + phase
     column = flat // F % p.box
@@ -777,29 +778,23 @@ def shift(
     p: gl.constexpr,
 ):  # fmt: skip
     """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight, `p` a tconv.shift.Shift."""
+    x_n = x_n // p.vector * p.vector
+    x_d = x_d // p.vector * p.vector
+    x_h = x_h // p.vector * p.vector
     if p.src_layout == "channels":
-        x_n = x_n // 16 * 16
-        x_d = x_d // 16 * 16
-        x_h = x_h // 16 * 16
-        x_w = x_w // 16 * 16
-        c_in = c_in // 16 * 16
+        x_w = x_w // p.vector * p.vector
+        c_in = c_in // p.vector * p.vector
     else:
-        x_n = x_n // p.vector * p.vector
         x_c = x_c // p.vector * p.vector
-        x_d = x_d // p.vector * p.vector
-        x_h = x_h // p.vector * p.vector
         w_in = w_in // p.vector * p.vector
+    y_n = y_n // p.dst_vector * p.dst_vector
+    y_d = y_d // p.dst_vector * p.dst_vector
+    y_h = y_h // p.dst_vector * p.dst_vector
     if p.dst_layout == "channels":
-        y_n = y_n // 16 * 16
-        y_d = y_d // 16 * 16
-        y_h = y_h // 16 * 16
-        y_w = y_w // 16 * 16
-        c_out = c_out // 16 * 16
+        y_w = y_w // p.dst_vector * p.dst_vector
+        c_out = c_out // p.dst_vector * p.dst_vector
     else:
-        y_n = y_n // p.dst_vector * p.dst_vector
         y_c = y_c // p.dst_vector * p.dst_vector
-        y_d = y_d // p.dst_vector * p.dst_vector
-        y_h = y_h // p.dst_vector * p.dst_vector
         w_out = w_out // p.dst_vector * p.dst_vector
     sizes = (
         tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
