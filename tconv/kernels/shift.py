@@ -72,7 +72,8 @@ def _store_layout(p):
     """Of a chunk on its way from shared memory to the output: along the pixels (width) or the channels."""
     warps = 4 * p.groups
     if p.dst_layout == "channels":
-        lanes = min(32, p.dst_channels // p.dst_vector)
+        # Of narrow stores a thread has several of a pixel's channels, and fewer pixels to find.
+        lanes = min(p.dst_channels // p.dst_vector, 32 if p.dst_vector * p.size == 16 else 8)
         return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [warps, 1], [1, 0])
     lanes = min(32, p.chunk * p.joined // p.dst_vector)
     down = min(warps, p.dst_channels)
