@@ -31,7 +31,7 @@ def kinds(g, dtype, c_in, c_out, columns):
     by_copy, vector = ("bulk", 8) if dtype == "bf16" else ("staged", 4)
     for source, how in (("width", "threads"), ("width", "staged"), ("channels", by_copy), ("channels", "threads")):
         for destination in ("width", "channels"):
-            if g.ndim == 1 and "channels" in (source, destination):
+            if g.ndim == 1 and destination == "channels":
                 continue
             if (source, how) == ("channels", by_copy) and c_in % vector:
                 continue
@@ -55,7 +55,7 @@ def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change
     y = torch.full((2, c_out, *g.output_size(size)), torch.nan, dtype=x.dtype)
     if source_last:  # of a tensor of more channels, which are not to be read
         more = torch.cat((x, torch.full((2, 8, *size), torch.nan, dtype=x.dtype)), 1)
-        x = more.contiguous(memory_format=LAST[g.ndim])[:, :c_in]
+        x = more.movedim(1, -1).contiguous().movedim(-1, 1)[:, :c_in]
     y = y.contiguous(memory_format=LAST[g.ndim]) if destination_last else y
     precision = "half" if dtype == "bf16" else dtype
     noted = Emulated(x, w, bias, y, seed=seed, change=change)
