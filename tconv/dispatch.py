@@ -18,7 +18,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import configs, few, shift
+from . import columns, configs, few, shift
 from .configs import Config, Target, cdiv
 from .geometry import Geometry
 
@@ -69,6 +69,7 @@ class Problem:
     dense: bool = True  # whether both tensors fill their memory, contiguous or channels_last
     # Whether source and destination are channels_last, their channels and strides whole vectors of 16 elements.
     whole: tuple[bool, bool] = (False, False)
+    weight: str = "taps"  # forward: how the weight lies (launch.order)
 
     @property
     def channels_last(self) -> bool:
@@ -77,12 +78,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("few", "shift", "gemm", "direct" or "aten"), its configuration and the reason."""
+    """A decision: the kernel family ("few", "columns", "shift", "gemm", "direct" or "aten"), its configuration and the
+    reason."""
 
     family: str
     reason: str
     precision: str = ""
-    config: Config | few.Few | shift.Shift | None = None
+    config: Config | few.Few | columns.Columns | shift.Shift | None = None
     splits: int = 1
     tiles_per_split: int = 0
 
@@ -131,11 +133,11 @@ def without(*families: str) -> Iterator[None]:
     """Inside, in every thread, `plan` does without some families, to measure or test the others.  An inner one replaces
     what an outer one says; threads should not have different ones at a time.
 
-    families: of "few", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
+    families: of "few", "columns", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
     """
     global _without
-    if unknown := [name for name in families if name not in ("few", "shift", "aten")]:
-        raise ValueError(f"families: expected few, shift or aten, got {unknown[0]!r}")
+    if unknown := [name for name in families if name not in ("few", "columns", "shift", "aten")]:
+        raise ValueError(f"families: expected few, columns, shift or aten, got {unknown[0]!r}")
     before, _without = _without, families
     try:
         yield
@@ -264,6 +266,27 @@ def _few(problem: Problem, how: str, target: Target) -> tuple[few.Few | None, st
     return tile, "too few pixels for the few-channel kernels"
 
 
+def _columns(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan | None, str]:
+    """The column kernels' plan, or why they do not take the problem."""
+    p, g = problem, problem.geometry.groups
+    if "columns" in target.without:
+        return None, "the column kernels are left out"
+    c_in, element_size = p.c_in // g, p.dtype.itemsize
+    sizes = g, c_in, p.c_out // g * p.geometry.taps, p.batch * prod(p.input_size), element_size
+    if refused := columns.refuse(*sizes, p.large, p.weight):
+        return None, refused
+    tile, splits, time = columns.choose(*sizes, target)
+    other = _gather(p, False, how, "", target)
+    t = other.config
+    assert isinstance(t, Config)
+    steps = cdiv(_taps(p.geometry) * cdiv(c_in, t.block_k), other.splits)
+    streamed = steps * (t.block_m + t.block_n) * t.block_k * element_size
+    weight = p.c_in * p.c_out // g * p.geometry.taps * element_size
+    if time > columns.LESS * columns.packed(weight, streamed, other.splits):
+        return None, "the columns would be more to move than a packed weight"
+    return Plan("columns", f"{why}: reading the weight takes the time", how, tile, splits), ""
+
+
 def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
     """The shift kernel's tile, or why it does not take the problem."""
     p = problem
@@ -306,6 +329,10 @@ def plan(problem: Problem, target: Target) -> Plan:
     if left := _leave(problem, is_direct, how, target):
         return left
     if problem.direction == "forward" and not is_direct:
+        chosen, refused = _columns(problem, how, why, target)
+        if chosen:
+            return chosen
+        why += f"; {refused}"
         tile, refused = _shift(problem, how, target)
         if tile:
             return Plan("shift", why, how, tile)

@@ -146,7 +146,7 @@ def _explain_call(
             continue
         source, destination = (output, batched) if name == "backward_input" else (batched, output)
         where = name, geometry, batched.shape, c_out
-        problem = launch.make_problem(*where, source, destination)
+        problem = launch.make_problem(*where, source, destination, weight if name == "forward" else None)
         passes.append(PassExplanation(name, problem, plan(problem, target_of(batched.device))))
     text = f"conv_transpose{ndim}d {batched.shape[1]} to {c_out} {geometry.describe()}"
     return Explanation(text, tuple(input.shape), batched.dtype, geometry, tuple(passes), module)

@@ -11,7 +11,7 @@ from math import gcd, prod
 
 import torch
 
-from . import aten, few, record, shift
+from . import aten, columns, few, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry
@@ -113,8 +113,8 @@ def vector(t: torch.Tensor, source: str) -> int:
     return together & -together
 
 
-def make_problem(direction, geometry, input_shape, c_out, source, destination=None) -> Problem:
-    """The Problem of a pass that gathers from `source` and writes `destination`."""
+def make_problem(direction, geometry, input_shape, c_out, source, destination=None, weight=None) -> Problem:
+    """The Problem of a pass that gathers from `source` and writes `destination`; the forward pass with its weight."""
     kind = layout(source, geometry.groups)
     return Problem(
         direction,
@@ -131,6 +131,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
         is_large(source) or (destination is not None and is_large(destination)),
         all(t is None or t.is_contiguous(memory_format=_suggested(t)) for t in (source, destination)),
         (layout(source) == "vectors", destination is not None and layout(destination) == "vectors"),
+        "" if weight is None else order(weight),
     )
 
 
@@ -146,13 +147,15 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     output = noted.result(size, input, memory_format(input, weight))
     if output.numel() == 0:
         return output
-    problem = make_problem("forward", geometry, input.shape, c_out, input, output)
+    problem = make_problem("forward", geometry, input.shape, c_out, input, output, weight)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
         return noted.leave(key, partial(aten.forward, geometry=geometry), input, weight, bias)
     with on_device(input):
         if chosen.family == "few":
             gather_few(noted, chosen, input, weight, bias, output, geometry, True)
+        elif chosen.family == "columns":
+            forward_columns(noted, chosen, input, weight, bias, output, geometry)
         elif chosen.family == "shift":
             forward_shift(noted, chosen, input, weight, bias, output, geometry)
         else:
@@ -378,6 +381,12 @@ def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) ->
     )  # fmt: skip
 
 
+def order(weight) -> str:
+    """How (output channels, taps) of one input channel lie in memory, as kernels.pack says it."""
+    _, w_o, *w_taps = strides5(weight)
+    return _order(w_o, w_taps, weight.shape[1], weight.shape[2:])
+
+
 def _order(w_t: int, taps, c_dst: int, kernel) -> str:
     """How (destination channels, taps) of one source channel lie in memory, as kernels.pack says it."""
     k = sizes3(kernel)
@@ -427,6 +436,44 @@ def gather_few(
         ACC=accumulator(source.dtype),
         t=tile,
         num_warps=few.WARPS,
+    )  # fmt: skip
+
+
+def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
+    """Launch the column kernels: the products of all pixels with the whole weight, and what of them each output sums."""
+    from .kernels.columns import add_columns, column_gemm
+
+    tile, g, batch, taps = chosen.config, geometry.groups, input.shape[0], geometry.taps
+    assert isinstance(tile, columns.Columns)
+    c_in, c_out = input.shape[1] // g, output.shape[1] // g
+    size, out = sizes3(input.shape[2:]), sizes3(output.shape[2:])
+    pixels, width = batch * prod(size), c_out * taps
+    w_i, last = strides5(weight)[0], order(weight) == "channels"
+    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    partials = noted.workspace((chosen.splits, pixels, g * width), dtype, input)
+    noted.launch(
+        column_gemm, chosen.splits * g * cdiv(width, tile.columns) * cdiv(pixels, tile.pixels),
+        input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
+        SRC_LAYOUT=layout(input, g),
+        ALIGNED=w_i % 16 == 0 and width % 16 == 0,
+        PRECISION=chosen.precision,
+        ACC=accumulator(input.dtype),
+        BLOCK_M=tile.pixels,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.channels,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+    most = [min(a.most_taps, cdiv(n, a.dilation // a.gcd)) for a, n in zip(geometry.axes3, size)]
+    noted.launch(
+        add_columns, cdiv(output.numel(), tile.outputs),
+        partials, output if bias is None else bias, output, batch, c_out, g, *size, *out,
+        *axis_scalars(geometry, inverse=True), *most, *strides5(output),
+        *((1, c_out) if last else (taps, 1)),
+        CHANNELS=last,
+        HAS_BIAS=bias is not None,
+        SPLITS=chosen.splits,
+        BLOCK=tile.outputs,
     )  # fmt: skip
 
 

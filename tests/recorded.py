@@ -111,6 +111,7 @@ def main() -> int:
         ("folded", (8, 64, 64), 1, torch.float32, False),
         ("bulk", (2, 64, 8, 16, 16), 1, torch.bfloat16, True),
         ("direct", (2, 64, 16, 16), 64, torch.float32, False),
+        ("groups", (2, 64, 16, 16), 2, torch.float16, True),
         ("small", (1, 64, 4, 4), 1, torch.float32, True),
     ):
         n = len(size) - 2

@@ -29,6 +29,7 @@ KERNELS = {
     "gemm": ("gather_gemm", "weight_gemm"),
     "pack": ("pack_weight",),
     "few": ("gather_few", "weight_few"),
+    "columns": ("column_gemm", "add_columns"),
     "direct": ("gather_direct", "weight_direct"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "shift": ("shift",),
@@ -75,6 +76,10 @@ LAYERS = {
     "odd-bf16-nhwc": (layer(66, 20, 3, (64, 64), 32, padding=1), BF16, LAST, True),
     "odd-tf32-nhwc": (layer(65, 17, 2, (64, 64), 32, stride=2), FP32, LAST, True),
     "speech-fp32": (layer(48, 8, 8, (64084,), 4, stride=4), FP32, FIRST, False),
+    "weight-bf16-nhwc": (layer(1024, 512, 4, (8, 8), 1, stride=2, padding=1), BF16, LAST, True),
+    "weight-fp16-nchw": (layer(1024, 512, 4, (8, 8), 1, stride=2, padding=1), FP16, FIRST, True),
+    "weight-fp32-nchw": (layer(1024, 512, 4, (8, 8), 1, stride=2, padding=1), FP32, FIRST, False),
+    "weight-codec-tf32": (layer(1536, 768, 16, (4,), 1, stride=8), FP32, FIRST, True),
     "innermost-fp32-nchw": (layer(512, 512, 4, (2, 2), 16, stride=2, padding=1), FP32, FIRST, True),
     "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),
     "volume-groups-fp32": (layer(32, 32, 3, (16, 32, 32), 8, stride=2, groups=4), FP32, FIRST, True),
@@ -194,7 +199,8 @@ def judge(launch, result, target: str):
         )
         if not wanted & set(result["matrix"]):
             yield f"no {' or '.join(sorted(wanted))} instruction"
-    sources = {"gather_gemm": ("SRC_LAYOUT",), "weight_gemm": ("X_LAYOUT", "Y_LAYOUT")}.get(launch["kernel"], ())
+    layouts = {"gather_gemm": ("SRC_LAYOUT",), "column_gemm": ("SRC_LAYOUT",), "weight_gemm": ("X_LAYOUT", "Y_LAYOUT")}
+    sources = layouts.get(launch["kernel"], ())
     half = launch["types"].get("x", "*fp16")[1:5] in ("bf16", "fp16")  # fp32's weight gradient transposes its tiles
     if target != "gfx942" and sources and half and all(constants[key] == "vectors" for key in sources):
         # Asynchronous copies of 16 bytes a thread; on sm_90 of every byte of both operands' tiles, in each stage.

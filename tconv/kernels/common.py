@@ -168,6 +168,14 @@ def widen(v, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def narrow(v, DTYPE: tl.constexpr):
+    """A float64 sum as DTYPE; to 16 bits in two steps, since the interpreter has no such conversion in one."""
+    if DTYPE != tl.float64:
+        v = v.to(tl.float32)
+    return v.to(DTYPE)
+
+
+@triton.jit
 def operand(v, PRECISION: tl.constexpr):
     """A matrix operand as the tensor core should see it at this precision."""
     if PRECISION == "tf32":

@@ -7,7 +7,7 @@ for memory.
 import triton
 import triton.language as tl
 
-from .common import known_strides, load_tile, split_row, widen
+from .common import known_strides, load_tile, narrow, split_row, widen
 
 
 @triton.jit
@@ -16,9 +16,7 @@ def _sum(partial, i, size, splits, to):
     acc = tl.zeros(i.shape, tl.float64)
     for split in range(splits):
         acc += tl.load(partial + split * size + i, mask=i < size, other=0.0).to(tl.float64)
-    if to.dtype.element_ty != tl.float64:
-        acc = acc.to(tl.float32)  # the interpreter has no conversion from float64 to 16 bits
-    return acc.to(to.dtype.element_ty)
+    return narrow(acc, to.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize="splits taps columns c_out kh kw g_i g_o g_d g_h g_w".split())

@@ -1,0 +1,91 @@
+"""The column kernels' tile (kernels/columns.py), and which problems they take: those that are mostly reading the weight.
+
+Pure integers, from a layer's sizes; neither torch nor Triton.  Every figure here is an estimate for an H100: nothing has
+been measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
+
+MOST_PIXELS = 384  # of all samples; beyond, multiplications take the time, and other kernels' tiles are better for them
+LEAST_CHANNELS = 32  # of a group: a tile's depth
+LEAST_WEIGHT = 1 << 15  # bytes; below, a pass is nothing but launches
+LESS = 0.9  # of what the other kernels would take at least
+SPLITS = (1, 2, 4, 8, 16)  # each is another kernel to compile
+
+# Nanoseconds, and bytes a nanosecond.
+START = 2000  # a launch: begin, wait for the first loads, end
+MEMORY = 2800
+L2 = 5000
+STREAM = 40  # one program: the loads that it has on their way at a time, 50 KB, over their latency
+RESIDENT = 2  # programs a multiprocessor, on which the shared memory decides
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A tile of the GEMM, and of the sums how many outputs a program adds."""
+
+    columns: int
+    pixels: int
+    channels: int
+    outputs: int
+    num_warps: int
+    num_stages: int
+
+    def describe(self) -> str:
+        return (
+            f"{self.columns} columns x {self.pixels} pixels x {self.channels} channels, "
+            f"{self.num_warps} warps, {self.num_stages} stages"
+        )
+
+
+def refuse(groups: int, c_in: int, columns: int, pixels: int, element_size: int, large: bool, order: str) -> str:
+    """Why the kernels do not take a forward pass, or "".  c_in and columns (output channels times taps) are a group's,
+    pixels those of the input's whole batch, order that of the weight in memory."""
+    for bad, why in (
+        (order == "strided", "the column kernels read a weight without gaps"),
+        (large, "the column kernels have 32-bit offsets"),
+        (pixels > MOST_PIXELS, "too many pixels for the column kernels"),
+        (c_in < LEAST_CHANNELS, "too few input channels for the column kernels"),
+        (groups * c_in * columns * element_size < LEAST_WEIGHT, "the weight is too small for the column kernels"),
+        (groups * columns * pixels > WORKSPACE_ELEMENTS, "the columns would take too much memory"),
+    ):
+        if bad:
+            return why
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    groups: int, c_in: int, columns: int, pixels: int, element_size: int, target: Target
+) -> tuple[Columns, int, float]:
+    """(the tile, into how many parts the sums over input channels are cut, nanoseconds by the estimate)."""
+    pixels_most = 64 if element_size == 2 else 32  # wgmma would take 64 fp32 ones, and a weight that threads transpose
+    block_m, block_n = power_of_two(pixels, 16, pixels_most), power_of_two(columns, 16, 128)
+    block_k = power_of_two(c_in, 16, 64 if element_size == 2 else 32)
+    stage = (block_m + block_n) * block_k * element_size
+    weight = groups * c_in * columns * element_size
+    steps, whole = cdiv(c_in, block_k), groups * cdiv(columns, block_n) * cdiv(pixels, block_m)
+
+    def cost(splits: int) -> float:
+        rounds = cdiv(whole * splits, RESIDENT * target.processors)
+        streamed = rounds * cdiv(steps, splits) * stage
+        partials = 4 * splits * groups * columns * pixels
+        return 2 * START + max(weight / MEMORY, whole * steps * stage / L2, streamed / STREAM) + 2 * partials / L2
+
+    fits = [n for n in SPLITS if n == 1 or (n <= steps and n * groups * columns * pixels <= WORKSPACE_ELEMENTS)]
+    splits = min(fits, key=cost)
+    outputs = 4096 if target.backend == "interpreter" else 256  # the interpreter pays by the program
+    # Four stages are within what a block has of shared memory on sm_86 and sm_89, two within AMD's.
+    stages = 2 if target.backend == "hip" else 4
+    return Columns(block_n, block_m, block_k, outputs, 4, stages), splits, cost(splits)
+
+
+def packed(weight: int, streamed: int, splits: int) -> float:
+    """Nanoseconds that a gather with a packed weight of so many bytes takes at least: the weight is read, written and
+    read, and a program reads so many bytes; sums in parts are another launch."""
+    return (2 + (splits > 1)) * START + 2 * weight / MEMORY + max(weight / MEMORY, streamed / STREAM)

@@ -1,0 +1,148 @@
+"""The forward pass of layers whose weight is nearly all there is to read: a GEMM over the weight as it lies in memory, and
+the addition of what its columns bring to each output (col2im).
+
+No packing: the weight is read once, in its own order, in runs of 16 bytes.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    axis_taps,
+    kernel_name,
+    known_channels,
+    known_strides,
+    load_tile,
+    matmul,
+    narrow,
+    operand,
+    split_row,
+    widen,
+)
+
+
+@triton.jit(
+    repr=kernel_name("tconv_column_gemm"),
+    do_not_specialize=(
+        "pixels c_src columns groups d_src h_src w_src src_n src_c src_d src_h src_w w_s splits"
+    ).split(),
+)
+def column_gemm(
+    src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
+    splits,
+    SRC_LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[split, pixel, group and column] = sum over the split's source channels of src * weight.
+
+    GEMM: M = source pixels of all samples, N = columns, which are the (destination channel, tap) pairs of one group,
+    K = source channels; c_src and columns are a group's.  The columns of a source channel lie in memory without gaps, those
+    of the next one w_s elements further on.  ALIGNED: whether 16 divides w_s and how many columns there are.
+    """
+    src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
+    c_src = known_channels(c_src, SRC_LAYOUT)
+    if ALIGNED:
+        w_s = w_s // 16 * 16
+        columns = columns // 16 * 16
+    # What reads the same part of the weight is neighbours.
+    tiles_m = tl.cdiv(pixels, BLOCK_M)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_m = pid % tiles_m
+    pid = pid // tiles_m
+    tile_n = pid % tiles_n
+    pid = pid // tiles_n
+    split = pid % splits
+    group = pid // splits
+
+    p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel_ok = p < pixels
+    n, d, h = split_row(p // w_src, d_src, h_src)
+    pixel = n * src_n + d * src_d + h * src_h + p % w_src * src_w
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < columns
+    k = tl.arange(0, BLOCK_K)
+    src += group * c_src * src_c
+    weight += group.to(tl.int64) * c_src * w_s
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    steps = tl.cdiv(c_src, BLOCK_K)
+    for step in range(split * steps // splits, (split + 1) * steps // splits):
+        c = step * BLOCK_K + k
+        c_ok = c < c_src
+        a = load_tile(src, pixel, c * src_c, pixel_ok[:, None] & c_ok[None, :], SRC_LAYOUT)
+        of_channel = c.to(tl.int64)[:, None] * w_s
+        b = tl.load(weight + of_channel + column[None, :], mask=c_ok[:, None] & column_ok[None, :], other=0.0)
+        acc = matmul(operand(a, PRECISION), operand(b, PRECISION), acc, PRECISION)
+
+    out = partial + (split * pixels + p)[:, None] * (groups * columns) + (group * columns + column)[None, :]
+    tl.store(out, acc, mask=pixel_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit
+def _reaching(o, size, kernel, stride, padding, dilation, gcd, inverse):
+    """The taps that bring outputs `o` of one axis something from inside the input: (first tap, tap step, how many at most,
+    first input, input step).  The last of them may lie before the input."""
+    first, tap_step, count, offset, step = axis_taps(o % stride, kernel, stride, padding, dilation, gcd, inverse, True)
+    i = o // stride + offset
+    beyond = tl.maximum(i - size - step, 0) // -step  # inputs go down: so many of the first lie behind the last one
+    return first + beyond * tap_step, tap_step, count - beyond, i + beyond * step, step
+
+
+@triton.jit(
+    do_not_specialize=(
+        "batch c_dst groups d_src h_src w_src d_dst h_dst w_dst "
+        "kd kh kw strided strideh stridew padd padh padw dild dilh dilw gcdd gcdh gcdw invd invh invw "
+        "most_d most_h most_w dst_n dst_c dst_d dst_h dst_w of_channel of_tap"
+    ).split()
+)
+def add_columns(
+    partial, bias, dst, batch, c_dst, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst,
+    kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw, gcdd, gcdh, gcdw, invd, invh, invw,
+    most_d, most_h, most_w, dst_n, dst_c, dst_d, dst_h, dst_w, of_channel, of_tap,
+    CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dst[n, co, o] = bias[co] + sum over the taps that reach o, and over splits, of partial[split, pixel, column].
+
+    Along an axis at most most_ taps reach an output.  c_dst is a group's; of_channel and of_tap are how many columns lie
+    between its destination channels and between its taps.  Neighbours are outputs whose columns are: CHANNELS, or along
+    the width.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channels = groups * c_dst
+    if CHANNELS:
+        channel = i % channels
+        row = i // channels
+        ow = row % w_dst
+        row = row // w_dst
+        n, od, oh = split_row(row, d_dst, h_dst)
+    else:
+        ow = i % w_dst
+        row, od, oh = split_row(i // w_dst, d_dst, h_dst)
+        channel = row % channels
+        n = row // channels
+    ok = n < batch
+    td, tap_step_d, count_d, id0, step_d = _reaching(od, d_src, kd, strided, padd, dild, gcdd, invd)
+    th, tap_step_h, count_h, ih0, step_h = _reaching(oh, h_src, kh, strideh, padh, dilh, gcdh, invh)
+    tw, tap_step_w, count_w, iw0, step_w = _reaching(ow, w_src, kw, stridew, padw, dilw, gcdw, invw)
+    columns = channels * kd * kh * kw
+    column = channel // c_dst * c_dst * kd * kh * kw + channel % c_dst * of_channel
+    acc = tl.zeros((BLOCK,), tl.float64)
+    for t in range(most_d * most_h * most_w):
+        jd = t // (most_h * most_w)
+        jh = t // most_w % most_h
+        jw = t % most_w
+        d = id0 + jd * step_d
+        h = ih0 + jh * step_h
+        w = iw0 + jw * step_w
+        reached = ok & (jd < count_d) & (d >= 0) & (jh < count_h) & (h >= 0) & (jw < count_w) & (w >= 0)
+        tap = ((td + jd * tap_step_d) * kh + th + jh * tap_step_h) * kw + tw + jw * tap_step_w
+        pixel = ((n * d_src + d) * h_src + h) * w_src + w
+        at = partial + (pixel * columns + column + tap * of_tap)
+        for split in tl.static_range(SPLITS):  # so that all are on their way together
+            part = split * batch * d_src * h_src * w_src * columns
+            acc += tl.load(at + part, mask=reached, other=0.0).to(tl.float64)
+    if HAS_BIAS:
+        acc += widen(tl.load(bias + channel, mask=ok, other=0.0), tl.float64)
+    out = n * dst_n + channel * dst_c + od * dst_d + oh * dst_h + ow * dst_w
+    tl.store(dst + out, narrow(acc, dst.dtype.element_ty), mask=ok)
