@@ -18,9 +18,9 @@ from .geometry import Geometry
 GROUP = {"forward": 16, "backward_input": 16, "backward_weight": 4}
 # Without groups: at most so many input channels and so many output channels,
 FEW_IN, WITH_FEW_IN = 4, {"forward": 32, "backward_input": 64}
-# or so many output channels at each precision.  Beyond, the tensor core's tile is full enough: estimated, from 55 % of
-# the CUDA cores' multiply-adds and the shift kernel's model.
-FEW_OUT = {"half": 5, "widen": 5, "tf32": 8, "tf32x3": 8, "ieee": 8}
+# or so many output channels at each precision.  Beyond, the tensor core's tile is full enough: 16 to 8 channels (k4 s2, 3-d)
+# took the shift kernel 0.315 ms in TF32 and this one 0.457, 96 to 8 channels 0.36 and 1.0 (H100).
+FEW_OUT = {"half": 4, "widen": 4, "tf32": 4, "tf32x3": 8, "ieee": 8}
 MOST_SUMS = 32  # a pixel: registers
 # Products of a pixel, unrolled: code.  A gradient reads a pixel for each; 36 sums of a weight's gradient take 3 s to compile,
 # 64 take minutes.
