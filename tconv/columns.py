@@ -15,6 +15,7 @@ MOST_PIXELS = 384  # of all samples; beyond, multiplications take the time, and 
 LEAST_CHANNELS = 32  # of a group: a tile's depth
 LEAST_WEIGHT = 1 << 15  # bytes; below, a pass is nothing but launches
 LESS = 0.9  # of what the other kernels would take at least
+RUN = 4  # input pixels along the width, from which on neighbouring outputs find their products in neighbouring pixels
 SPLITS = (1, 2, 4, 8, 16)  # each is another kernel to compile
 
 # Nanoseconds, and bytes a nanosecond.

@@ -250,19 +250,22 @@ def _leave(problem: Problem, is_direct: bool, how: str, target: Target) -> Plan 
 HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def _few(problem: Problem, how: str, target: Target) -> tuple[few.Few | None, str]:
-    """The few-channel kernels' tile, or why they do not take the problem: "" if its channels are not few."""
+def _few(problem: Problem, how: str, target: Target, portable: bool = False) -> tuple[few.Few | None, str]:
+    """The few-channel kernels' tile, or why they do not take the problem: "" if its channels are not few.
+    portable: whether the portable kernels are what is left."""
     p, g = problem, problem.geometry.groups
     if "few" in target.without:
         return None, "the few-channel kernels are left out"
     channels = p.c_in // g, p.c_out // g
     c_src, c_dst = reversed(channels) if p.direction == "backward_input" else channels
-    if refused := few.refuse(p.direction, p.geometry, c_src, c_dst, p.large, how, p.source, p.destination, p.whole):
+    refused = few.refuse(
+        p.direction, p.geometry, c_src, c_dst, p.large, how, p.source, p.destination, p.whole, portable
+    )  # fmt: skip
+    if refused:
         return None, "" if refused == few.FULL else refused
     last = few.by_channels(g, c_src, p.whole)
-    tile = few.choose(
-        p.direction, p.geometry, p.batch, c_src, c_dst, p.input_size, p.dtype in HALF, last, target
-    )  # fmt: skip
+    half = p.dtype in HALF
+    tile = few.choose(p.direction, p.geometry, p.batch, c_src, c_dst, p.input_size, half, last, target, portable)
     return tile, "too few pixels for the few-channel kernels"
 
 
@@ -337,6 +340,9 @@ def plan(problem: Problem, target: Target) -> Plan:
         if tile:
             return Plan("shift", why, how, tile)
         why += f"; {refused}"
+        thin, _ = _few(problem, how, target, portable=True)
+        if thin:
+            return _few_plan(problem, f"{why}; too few for the tensor core's portable kernels", thin, target)
     if is_direct:
         why += f"; they would fill {max(c_in, c_out)}/16 of a tensor-core tile"
     if problem.direction == "backward_weight":

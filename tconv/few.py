@@ -13,14 +13,19 @@ from math import gcd
 from .configs import Target, cdiv
 from .geometry import Geometry
 
-# Groups of at most so many channels on both sides (depthwise layers, and nearly so).  A weight's gradient reads the pixels
-# of both anew for each pair of channels.
-GROUP = {"forward": 16, "backward_input": 16, "backward_weight": 4}
-# Without groups: at most so many input channels and so many output channels,
-FEW_IN, WITH_FEW_IN = 4, {"forward": 32, "backward_input": 64}
-# or so many output channels at each precision.  Beyond, the tensor core's tile is full enough: 16 to 8 channels (k4 s2, 3-d)
-# took the shift kernel 0.315 ms in TF32 and this one 0.457, 96 to 8 channels 0.36 and 1.0 (H100).
-FEW_OUT = {"half": 4, "widen": 4, "tf32": 4, "tf32x3": 8, "ieee": 8}
+# Groups of at most so many channels on both sides (depthwise layers, and nearly so); of 16-bit weights' gradients, which
+# read the pixels of both anew for each pair of channels and have cuDNN's tensor cores to beat, so many.
+GROUP, GROUP_OF_HALF_WEIGHTS = 16, 4
+# Without groups, forward: at most so many input channels and so many output channels,
+FEW_IN, WITH_FEW_IN = 4, 32
+# or so many output channels at each precision.  Beyond, the tensor core is faster even if most of its tile is padding (H100):
+# 16 to 8 channels (k4 s2, 3-d) 0.315 ms in TF32 and 0.457 here, 96 to 8 channels 0.36 and 1.0; 64 to 3 (k4 s2) 0.48 in bf16
+# and 0.94 here, in TF32 1.18 and 0.89.  Sums short enough for IEEE multiply-adds have no tensor core to go to.
+FEW_OUT = {"half": 1, "widen": 1, "tf32": 4, "tf32x3": 8, "ieee": 64}
+# and beside the portable kernels alone (64 to 3, k4 s2: 1.54 ms in bf16, 2.80 in TF32).
+FEW_OUT_PORTABLE = {"half": 5, "widen": 5, "tf32": 8, "tf32x3": 8, "ieee": 64}
+# backward_input: 16 to 3 channels (k3 s2, 3-d) took half of cuDNN's time, 3 to 64 (k4 s2) twice as long and more.
+MOST_IN, MOST_SRC = 4, 32
 MOST_SUMS = 32  # a pixel: registers
 # Products of a pixel, unrolled: code.  A gradient reads a pixel for each; 36 sums of a weight's gradient take 3 s to compile,
 # 64 take minutes.
@@ -34,7 +39,10 @@ SUMS_IN_BLOCKS = 48  # where each has a register for its block besides
 CHAIN = 32
 AHEAD = 36  # reads of a thread that several unrolled input channels begin with
 CODE = 64  # products of an input pixel, up to which several input channels are unrolled
-PROGRAMS = 3  # of 128 pixels a multiprocessor; with fewer the loads' latency decides
+# Programs a multiprocessor: of 128 pixels where there are many source channels, with fewer the loads' latency decides; and of
+# the largest tile, since smaller ones repeat the loads of weights (64x64x32x32 to 3: 128 programs, 0.086 ms, and 0.051 on the
+# tensor core; 1x56x270x480 to 1: 253 programs, 0.157 and 0.287).
+PROGRAMS, LARGE_PROGRAMS = 3, 1.5
 WARP, WARPS = 32, 4
 
 
@@ -86,16 +94,21 @@ def by_channels(groups: int, c_src: int, whole: tuple[bool, bool]) -> bool:
 
 def refuse(
     direction: str, geometry: Geometry, c_src: int, c_dst: int, large: bool, how: str, source: str, destination: str,
-    whole: tuple[bool, bool],
+    whole: tuple[bool, bool], portable: bool = False,
 ) -> str:  # fmt: skip
     """Why the kernels do not take a pass, or "".  c_src and c_dst are a group's; a weight's gradient has the input as its
-    source, the output's gradient as its destination."""
+    source, the output's gradient as its destination.  portable: whether the portable kernels are what is left."""
     _, height, width = geometry.axes3
     is_weight, grouped = direction == "backward_weight", geometry.groups > 1
+    most_out = FEW_OUT_PORTABLE if portable else FEW_OUT
     if grouped:
-        few = max(c_src, c_dst) <= GROUP[direction]
+        few = max(c_src, c_dst) <= (GROUP_OF_HALF_WEIGHTS if is_weight and how in ("half", "widen") else GROUP)
     else:
-        few = not is_weight and ((c_src <= FEW_IN and c_dst <= WITH_FEW_IN[direction]) or c_dst <= FEW_OUT.get(how, 8))
+        few = (
+            (c_src <= FEW_IN and c_dst <= WITH_FEW_IN) or c_dst <= most_out.get(how, 8)
+            if direction == "forward"
+            else not is_weight and c_dst <= MOST_IN and c_src <= MOST_SRC
+        )
     if not few:
         return FULL
     last = by_channels(geometry.groups, c_src, whole)
@@ -142,15 +155,17 @@ def _box(columns: int, pixels: int, most: int) -> int:
 
 @lru_cache(maxsize=4096)
 def choose(
-    direction: str, geometry: Geometry, batch: int, c_src: int, c_dst: int, size, half: bool, last: bool, target: Target
-) -> Few | None:
+    direction: str, geometry: Geometry, batch: int, c_src: int, c_dst: int, size, half: bool, last: bool, target: Target,
+    portable: bool = False,
+) -> Few | None:  # fmt: skip
     """The tile, or None where too few pixels would leave the GPU waiting.
 
     Args:
         c_src, c_dst: a group's.
         size: the input's.
         half: whether results are rounded to 16 bits, so that it does not matter how they are added up.
-        last: whether both tensors are channels_last.
+        last: whether channels lie side by side (by_channels).
+        portable: whether the portable kernels are what is left.
     """
     forward = direction == "forward"
     depth, height, width = geometry.axes3
@@ -179,10 +194,14 @@ def choose(
     a_thread = 16 if last else 8 if len(reads) <= 2 else 4
     while a_thread > least and a_thread > limit:
         a_thread //= 2
-    enough = PROGRAMS * target.processors
-    threads = WARPS * WARP
+    long = c_src > FEW_IN
+    enough, threads = (PROGRAMS if long else 0.5) * target.processors, WARPS * WARP
     if direction != "backward_weight":
-        if cdiv(rows * columns * lanes, threads * least) * others < enough and target.backend != "interpreter":
+        fewest, largest = (cdiv(rows * columns * lanes, threads * n) * others for n in (least, a_thread))
+        too_few = fewest < enough or (
+            long and not own and not portable and largest < LARGE_PROGRAMS * target.processors
+        )
+        if too_few and target.backend != "interpreter":
             return None
         while a_thread > least and cdiv(rows * columns * lanes, threads * a_thread) * others < enough:
             a_thread //= 2

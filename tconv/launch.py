@@ -451,11 +451,13 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
     w_i, last = strides5(weight)[0], order(weight) == "channels"
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
     partials = noted.workspace((chosen.splits, pixels, g * width), dtype, input)
+    by_pixel = not last and size[2] >= columns.RUN
     noted.launch(
         column_gemm, chosen.splits * g * cdiv(width, tile.columns) * cdiv(pixels, tile.pixels),
         input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
         SRC_LAYOUT=layout(input, g),
         ALIGNED=w_i % 16 == 0 and width % 16 == 0,
+        BY_PIXEL=by_pixel,
         PRECISION=chosen.precision,
         ACC=accumulator(input.dtype),
         BLOCK_M=tile.pixels,
@@ -465,12 +467,15 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
         num_stages=tile.num_stages,
     )  # fmt: skip
     most = [min(a.most_taps, cdiv(n, a.dilation // a.gcd)) for a, n in zip(geometry.axes3, size)]
+    phases = prod(min(o, a.stride) for o, a in zip(out, geometry.axes3))
+    of_phase = batch * c_out * g * prod(cdiv(o, a.stride) for o, a in zip(out, geometry.axes3))
     noted.launch(
-        add_columns, cdiv(output.numel(), tile.outputs),
+        add_columns, phases * cdiv(of_phase, tile.outputs),
         partials, output if bias is None else bias, output, batch, c_out, g, *size, *out,
         *axis_scalars(geometry, inverse=True), *most, *strides5(output),
         *((1, c_out) if last else (taps, 1)),
         CHANNELS=last,
+        BY_PIXEL=by_pixel,
         HAS_BIAS=bias is not None,
         SPLITS=chosen.splits,
         BLOCK=tile.outputs,

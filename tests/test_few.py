@@ -23,7 +23,7 @@ def drawn(seed, last):
     draw = random.Random(seed)
     ndim = draw.choice((2, 2, 3)) if last else draw.choice((1, 2, 2, 3))
     if last:  # channels side by side: depthwise, or few source channels
-        c_in, c_out, groups = draw.choice(((1, 1, 16), (1, 1, 48), (3, 16, 1), (1, 32, 1), (16, 2, 1)))
+        c_in, c_out, groups = draw.choice(((1, 1, 16), (1, 1, 48), (3, 16, 1), (1, 32, 1)))
     elif draw.random() < 0.5:
         c_in, c_out, groups = draw.choice(((1, 8, 1), (4, 12, 1), (8, 1, 1), (3, 3, 1), (20, 5, 1)))
     else:
@@ -53,11 +53,12 @@ def drawn(seed, last):
 
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("seed", range(14))
-def test_random_layers(seed, last, device, monkeypatch):
+def test_random_layers(seed, last, device, ieee, monkeypatch):
     """All three passes; on a GPU, too, on layers so small that they would run elsewhere."""
     if (layer := drawn(seed, last)) is None:
         pytest.skip("no output")
     monkeypatch.setattr(few, "PROGRAMS", 0)
+    monkeypatch.setattr(few, "LARGE_PROGRAMS", 0)
     few.choose.cache_clear()
     dispatch.plan.cache_clear()
     launch.record.forget()
@@ -66,9 +67,10 @@ def test_random_layers(seed, last, device, monkeypatch):
     dtype = torch.float64 if device == "cpu" else torch.float32
     tensors = [None if t is None else t.to(device, dtype) for t in tensors]
     actual = passes(TCONV[tensors[0].ndim - 2], *tensors, **options)
-    for name, ours, exact in zip(("output", "grad_input", "grad_weight", "grad_bias"), actual, expected, strict=False):
-        assert errors(ours.cpu(), exact)[1] < (1e-13 if device == "cpu" else 3e-7), name
     told = [each.plan for each in tconv.explain(*tensors[:3], **options).passes]
+    for name, plan, ours, exact in zip(dispatch.PASSES, told, actual, expected, strict=False):
+        if plan.family == "few" or device == "cpu":
+            assert errors(ours.cpu(), exact)[1] < (1e-13 if device == "cpu" else 3e-7), name
     assert "few" in [plan.family for plan in told]
     if not last:
         assert told[0].family == "few", told[0]
@@ -103,11 +105,11 @@ def test_long_sums_in_fp32(c_in, kernel, stride, tf32, device):
         assert errors(tconv.conv_transpose2d(x, w, stride=stride), exact)[1] < 1.7e-7
 
 
-def chosen(c_in, c_out, kernel, size, batch, half=True, last=False, direction="forward", **options):
+def chosen(c_in, c_out, kernel, size, batch, half=True, last=False, direction="forward", portable=False, **options):
     *_, geometry = layer(c_in, c_out, kernel, size, batch, **options)
     channels = c_in // geometry.groups, c_out // geometry.groups
     c_src, c_dst = reversed(channels) if direction == "backward_input" else channels
-    return few.choose(direction, geometry, batch, c_src, c_dst, size, half, last, HOPPER), geometry
+    return few.choose(direction, geometry, batch, c_src, c_dst, size, half, last, HOPPER, portable), geometry
 
 
 def test_tiles():
@@ -121,7 +123,7 @@ def test_tiles():
         ((384, 384, 2, (32, 32), 64), dict(stride=2, groups=384)),
     ):
         for half in (True, False):
-            tile, geometry = chosen(*args, half=half, **options)
+            tile, geometry = chosen(*args, half=half, portable=True, **options)
             a_thread = tile.pixels // (few.WARPS * few.WARP)
             most = few.SUMS_IN_BLOCKS if tile.block else few.SUMS
             assert a_thread == 1 or (a_thread * tile.sums <= most and a_thread * len(tile.reads) <= few.READS)
@@ -159,23 +161,28 @@ def test_too_few_pixels_are_left():
     "c_in, c_out, how, options, why",
     [
         (64, 3, "tf32", {}, ""),
+        (64, 5, "tf32", {}, "not few channels"),
         (64, 6, "half", {}, "not few channels"),
         (64, 8, "ieee", {}, ""),
         (4, 32, "half", {}, ""),
         (5, 32, "half", {}, "not few channels"),
         (4, 4, "", dict(groups=2), ""),
         (32, 5, "", dict(groups=2), "not few channels"),
-        (8, 5, "", dict(groups=2, direction="backward_weight"), "not few channels"),
+        (8, 5, "half", dict(groups=2, direction="backward_weight"), "not few channels"),
+        (8, 5, "tf32x3", dict(groups=2, direction="backward_weight"), ""),
         (4, 4, "half", dict(direction="backward_weight"), "not few channels"),
-        (3, 64, "half", dict(direction="backward_input"), ""),
+        (3, 64, "half", dict(direction="backward_input"), "not few channels"),
+        (16, 3, "half", dict(direction="backward_input"), ""),
+        (64, 3, "half", dict(), "not few channels"),
+        (64, 3, "half", dict(portable=True), ""),
         (64, 3, "tf32", dict(large=True), "the few-channel kernels have 32-bit offsets"),
         (64, 3, "tf32", dict(source="vectors"), STRIDES),
-        (3, 64, "half", dict(direction="backward_input", source="channels", whole=(False, True)), ""),
+        (3, 32, "half", dict(source="channels", whole=(False, True)), ""),
         (1, 1, "", dict(groups=16, source="channels", whole=(True, True)), ""),
         (1, 1, "", dict(groups=16, source="channels", whole=(True, False)), STRIDES),
         (2, 2, "", dict(groups=16, source="channels", whole=(True, True)), "several channels a group in channels_last"),
         (64, 1, "tf32", dict(stride=8), "the few-channel kernels would have too many phases or taps"),
-        (64, 1, "tf32", dict(stride=8, direction="backward_input"), ""),
+        (32, 1, "tf32", dict(stride=8, direction="backward_input"), ""),
     ],
 )
 def test_which(c_in, c_out, how, options, why):
@@ -219,10 +226,10 @@ def test_on_a_gpu(args, options, dtype, last, ieee):
     b = torch.randn(c_out, **like)
     grad = torch.randn(batch, c_out, *geometry.output_size(size), **like).contiguous(memory_format=format)
     families = [each.plan.family for each in tconv.explain(x, w, b, **options).passes]
-    if last and geometry.groups in (1, 4):
-        assert "few" in families or c_out == 1 or geometry.groups == 4
-    else:
-        assert families[0] == "few" and (geometry.groups in (1, 4) or families[1:3] == ["few", "few"])
+    if geometry.groups == c_in == c_out:
+        assert families[:3] == ["few"] * 3
+    elif not last and (geometry.groups > 1 or dtype is torch.float32 or min(c_in, c_out) <= few.FEW_OUT["half"]):
+        assert families[0] == "few"
     aten, ours = ATEN[geometry.ndim], TCONV[geometry.ndim]
     exact = passes(aten, x.double(), w.double(), b.double(), grad.double(), **options)
     peer = passes(aten, x, w, b, grad, **options)

@@ -30,10 +30,11 @@ from .common import (
 def column_gemm(
     src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
     splits,
-    SRC_LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SRC_LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, pixel, group and column] = sum over the split's source channels of src * weight.
+    """partial[split, pixel, group and column] = sum over the split's source channels of src * weight; in memory pixels lie
+    side by side if BY_PIXEL, otherwise columns.
 
     GEMM: M = source pixels of all samples, N = columns, which are the (destination channel, tap) pairs of one group,
     K = source channels; c_src and columns are a group's.  The columns of a source channel lie in memory without gaps, those
@@ -75,16 +76,21 @@ def column_gemm(
         b = tl.load(weight + of_channel + column[None, :], mask=c_ok[:, None] & column_ok[None, :], other=0.0)
         acc = matmul(operand(a, PRECISION), operand(b, PRECISION), acc, PRECISION)
 
-    out = partial + (split * pixels + p)[:, None] * (groups * columns) + (group * columns + column)[None, :]
-    tl.store(out, acc, mask=pixel_ok[:, None] & column_ok[None, :])
+    mask = pixel_ok[:, None] & column_ok[None, :]
+    all_columns = groups * columns
+    partial += split * pixels * all_columns
+    if BY_PIXEL:
+        tl.store(partial + (p[:, None] + (group * columns + column)[None, :] * pixels), acc, mask=mask)
+    else:
+        tl.store(partial + (p[:, None] * all_columns + (group * columns + column)[None, :]), acc, mask=mask)
 
 
 @triton.jit
-def _reaching(o, size, kernel, stride, padding, dilation, gcd, inverse):
-    """The taps that bring outputs `o` of one axis something from inside the input: (first tap, tap step, how many at most,
-    first input, input step).  The last of them may lie before the input."""
-    first, tap_step, count, offset, step = axis_taps(o % stride, kernel, stride, padding, dilation, gcd, inverse, True)
-    i = o // stride + offset
+def _reaching(q, phase, size, kernel, stride, padding, dilation, gcd, inverse):
+    """The taps that bring outputs q * stride + phase of one axis something from inside the input: (first tap, tap step, how
+    many at most, first input, input step).  The last of them may lie before the input."""
+    first, tap_step, count, offset, step = axis_taps(phase, kernel, stride, padding, dilation, gcd, inverse, True)
+    i = q + offset
     beyond = tl.maximum(i - size - step, 0) // -step  # inputs go down: so many of the first lie behind the last one
     return first + beyond * tap_step, tap_step, count - beyond, i + beyond * step, step
 
@@ -100,32 +106,48 @@ def add_columns(
     partial, bias, dst, batch, c_dst, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst,
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw, gcdd, gcdh, gcdw, invd, invh, invw,
     most_d, most_h, most_w, dst_n, dst_c, dst_d, dst_h, dst_w, of_channel, of_tap,
-    CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, BY_PIXEL: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dst[n, co, o] = bias[co] + sum over the taps that reach o, and over splits, of partial[split, pixel, column].
 
+    A program has outputs of one phase, whose taps are the same: what they are is worked out once, not for each output.
     Along an axis at most most_ taps reach an output.  c_dst is a group's; of_channel and of_tap are how many columns lie
-    between its destination channels and between its taps.  Neighbours are outputs whose columns are: CHANNELS, or along
-    the width.
+    between its destination channels and between its taps.  Neighbours are CHANNELS, or along the width.
     """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    q_d = tl.cdiv(d_dst, strided)
+    q_h = tl.cdiv(h_dst, strideh)
+    q_w = tl.cdiv(w_dst, stridew)
+    # A stride beyond the output's size has phases without outputs.
+    used_h = tl.minimum(strideh, h_dst)
+    used_w = tl.minimum(stridew, w_dst)
+    pid = tl.program_id(0)
+    phase_w = pid % used_w
+    pid = pid // used_w
+    phase_h = pid % used_h
+    pid = pid // used_h
+    used_d = tl.minimum(strided, d_dst)
+    phase_d = pid % used_d
+    i = pid // used_d * BLOCK + tl.arange(0, BLOCK)
     channels = groups * c_dst
     if CHANNELS:
         channel = i % channels
         row = i // channels
-        ow = row % w_dst
-        row = row // w_dst
-        n, od, oh = split_row(row, d_dst, h_dst)
+        qw = row % q_w
+        n, qd, qh = split_row(row // q_w, q_d, q_h)
     else:
-        ow = i % w_dst
-        row, od, oh = split_row(i // w_dst, d_dst, h_dst)
+        qw = i % q_w
+        row, qd, qh = split_row(i // q_w, q_d, q_h)
         channel = row % channels
         n = row // channels
-    ok = n < batch
-    td, tap_step_d, count_d, id0, step_d = _reaching(od, d_src, kd, strided, padd, dild, gcdd, invd)
-    th, tap_step_h, count_h, ih0, step_h = _reaching(oh, h_src, kh, strideh, padh, dilh, gcdh, invh)
-    tw, tap_step_w, count_w, iw0, step_w = _reaching(ow, w_src, kw, stridew, padw, dilw, gcdw, invw)
+    od = qd * strided + phase_d
+    oh = qh * strideh + phase_h
+    ow = qw * stridew + phase_w
+    ok = (n < batch) & (od < d_dst) & (oh < h_dst) & (ow < w_dst)
+    td, tap_step_d, count_d, id0, step_d = _reaching(qd, phase_d, d_src, kd, strided, padd, dild, gcdd, invd)
+    th, tap_step_h, count_h, ih0, step_h = _reaching(qh, phase_h, h_src, kh, strideh, padh, dilh, gcdh, invh)
+    tw, tap_step_w, count_w, iw0, step_w = _reaching(qw, phase_w, w_src, kw, stridew, padw, dilw, gcdw, invw)
     columns = channels * kd * kh * kw
+    pixels = batch * d_src * h_src * w_src
     column = channel // c_dst * c_dst * kd * kh * kw + channel % c_dst * of_channel
     acc = tl.zeros((BLOCK,), tl.float64)
     for t in range(most_d * most_h * most_w):
@@ -138,10 +160,12 @@ def add_columns(
         reached = ok & (jd < count_d) & (d >= 0) & (jh < count_h) & (h >= 0) & (jw < count_w) & (w >= 0)
         tap = ((td + jd * tap_step_d) * kh + th + jh * tap_step_h) * kw + tw + jw * tap_step_w
         pixel = ((n * d_src + d) * h_src + h) * w_src + w
-        at = partial + (pixel * columns + column + tap * of_tap)
+        if BY_PIXEL:
+            at = partial + ((column + tap * of_tap) * pixels + pixel)
+        else:
+            at = partial + (pixel * columns + column + tap * of_tap)
         for split in tl.static_range(SPLITS):  # so that all are on their way together
-            part = split * batch * d_src * h_src * w_src * columns
-            acc += tl.load(at + part, mask=reached, other=0.0).to(tl.float64)
+            acc += tl.load(at + split * pixels * columns, mask=reached, other=0.0).to(tl.float64)
     if HAS_BIAS:
         acc += widen(tl.load(bias + channel, mask=ok, other=0.0), tl.float64)
     out = n * dst_n + channel * dst_c + od * dst_d + oh * dst_h + ow * dst_w
