@@ -31,11 +31,6 @@ library.define(
 )
 library.define("backward_bias(Tensor grad_output) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
-conv_transpose = torch.ops.tconv.conv_transpose
-backward_input = torch.ops.tconv.backward_input
-backward_weight = torch.ops.tconv.backward_weight
-backward_bias = torch.ops.tconv.backward_bias
-
 
 def _geometry(kernel, layer) -> Geometry:
     stride, padding, output_padding, groups, dilation = layer
@@ -58,14 +53,52 @@ def _backward_weight(grad_output, input, kernel_size, *layer):
     return launch.backward_weight(grad_output, input, _geometry(kernel_size, layer))
 
 
-for _name, _function in (
-    ("conv_transpose", _conv_transpose),
-    ("backward_input", _backward_input),
-    ("backward_weight", _backward_weight),
-    ("backward_bias", launch.backward_bias),
-):
+_KERNELS = {
+    "conv_transpose": _conv_transpose,
+    "backward_input": _backward_input,
+    "backward_weight": _backward_weight,
+    "backward_bias": launch.backward_bias,
+}
+for _name, _function in _KERNELS.items():
     for _key in ("CPU", "CUDA"):
         library.impl(_name, _function, _key)
+
+
+def _alone(args) -> bool:
+    """Whether nothing but autograd stands between a call and the kernels: no mode, transform, trace or profiler that wants to
+    see an operator, and no tensor that torch's dispatcher would treat in a way of its own."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+        and all(
+            type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type in ("cuda", "cpu") and not t.is_neg()
+            for t in args[:3]
+            if isinstance(t, torch.Tensor)
+        )
+    )
+
+
+def _operator(name: str):
+    """The operator as it is called here: past torch's dispatcher where only the kernels and autograd would answer, since to
+    enter kernels written in Python takes the dispatcher as long as all the rest of a call."""
+    operator, function = getattr(torch.ops.tconv, name), _KERNELS[name]
+
+    def call(*args):
+        if not _alone(args):
+            return operator(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return _AUTOGRAD[name].apply(*args, None)
+        return function(*args)
+
+    return call
+
+
+_AUTOGRAD: dict[str, type] = {}  # the Function of each operator
+conv_transpose, backward_input, backward_weight, backward_bias = map(_operator, _KERNELS)
 
 
 # Fakes: shapes and memory formats by the rules of the real ones, symbolic sizes included.
@@ -187,7 +220,9 @@ def _register_autograd(name: str, setup, backward, aten) -> None:
     def forward(ctx, *args):
         *args, keyset = args
         with torch._C._AutoDispatchBelowAutograd():
-            if torch._C._are_functorch_transforms_active():
+            if keyset is None:  # past the dispatcher
+                output = _KERNELS[name](*args)
+            elif torch._C._are_functorch_transforms_active():
                 with torch.enable_grad():  # a Function's forward runs without, and so would the levels below
                     output = op.redispatch(keyset, *args)
             else:
@@ -200,6 +235,7 @@ def _register_autograd(name: str, setup, backward, aten) -> None:
 
     members = dict(forward=staticmethod(forward), backward=staticmethod(differentiate))
     function = type(f"tconv_{name}", (torch.autograd.function._SingleLevelFunction,), members)
+    _AUTOGRAD[name] = function
 
     def kernel(keyset, *args):
         if forward_ad._current_level >= 0:
