@@ -70,9 +70,14 @@ def sizes3(size) -> tuple[int, ...]:
     return (1,) * (3 - len(size)) + tuple(size)
 
 
-def is_large(t: torch.Tensor) -> bool:
-    """Whether an element offset can pass 2^31: such tensors take kernels with 64-bit offsets."""
-    return sum((n - 1) * s for n, s in zip(t.shape, t.stride())) > INT32 - 2**16 or t.numel() > INT32 - 2**16
+def is_large(t: torch.Tensor, geometry: Geometry | None = None) -> bool:
+    """Whether an element offset can pass 2^31: such tensors take kernels with 64-bit offsets.  A layer's kernels also form
+    offsets beyond a tensor's borders, as far as its taps and padding reach."""
+    beyond = [a.dilation * (a.kernel - 1) + a.stride + 2 * a.padding for a in geometry.axes] if geometry else []
+    reach = [n - 1 for n in t.shape]
+    for i, n in enumerate(beyond):
+        reach[t.ndim - len(beyond) + i] += n
+    return sum(n * s for n, s, size in zip(reach, t.stride(), t.shape) if size > 1) > INT32 - 2**16 or t.numel() > INT32 - 2**16
 
 
 def is_channels_last(t: torch.Tensor) -> bool:
@@ -128,7 +133,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
         kind,
         "width" if destination is None else layout(destination, geometry.groups),
         vector(source, kind),
-        is_large(source) or (destination is not None and is_large(destination)),
+        is_large(source, geometry) or (destination is not None and is_large(destination, geometry)),
         all(t is None or t.is_contiguous(memory_format=_suggested(t)) for t in (source, destination)),
         (layout(source) == "vectors", destination is not None and layout(destination) == "vectors"),
         "" if weight is None else order(weight),

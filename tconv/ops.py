@@ -7,6 +7,8 @@ Inputs are batched and checked (functional.py does both); spatial arguments have
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -64,18 +66,35 @@ for _name, _function in _KERNELS.items():
         library.impl(_name, _function, _key)
 
 
+@cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """The dispatch keys of an ordinary tensor of a device, and of one made in inference mode."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
+
+
+_AUTOGRAD_KEY = torch._C.DispatchKey.AutogradFunctionality
+
+
 def _alone(args) -> bool:
-    """Whether nothing but autograd stands between a call and the kernels: no mode, transform, trace or profiler that wants to
-    see an operator, and no tensor that torch's dispatcher would treat in a way of its own."""
+    """Whether nothing but autograd stands between a call and the kernels: no mode, transform or trace that wants to see an
+    operator, autograd where it is expected, and no tensor that torch's dispatcher would treat in a way of its own."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD_KEY)
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
         and all(
-            type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type in ("cuda", "cpu") and not t.is_neg()
+            type(t) in (torch.Tensor, torch.nn.Parameter)
+            and t.device.type in ("cuda", "cpu")
+            and torch._C._dispatch_keys(t).raw_repr() in _plain_keys(t.device.type)
             for t in args[:3]
             if isinstance(t, torch.Tensor)
         )

@@ -337,3 +337,15 @@ def test_memory_format_imports_no_sympy():
     code = "import sys, torch; from tconv import launch; launch.memory_format(torch.empty(1, 1, 1, 1)); print('sympy' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.strip() == "False"
+
+
+def test_offsets_that_pass_31_bits_beyond_the_border(device):
+    """Rows 2^28 elements apart: taps reach beyond the input's last, where 32 bits would wrap."""
+    far = 2**28
+    x = torch.empty(7 * far + 1000, dtype=torch.float16, device=device).as_strided((1, 2, 8, 16), (1, 64, far, 1))
+    x.copy_(torch.randn(1, 2, 8, 16))
+    w = torch.randn(2, 1, 3, 3, device=device).half()
+    assert launch.is_large(x, tconv.geometry.Geometry((3, 3), (1, 1), (0, 0), (0, 0), 2, (1, 1)))
+    torch.testing.assert_close(
+        tconv.conv_transpose2d(x, w, groups=2), tconv.conv_transpose2d(x.contiguous(), w, groups=2)
+    )

@@ -339,3 +339,57 @@ def test_forward_mode_is_explained(device):
         passes = tconv.explain(*tensors, **case.layer).passes
     assert {(p.plan.family, p.plan.reason) for p in passes} == {("aten", "forward-mode differentiation runs aten")}
     assert {p.plan.family for p in tconv.explain(*tensors, **case.layer).passes} <= {"few", "gemm", "direct"}
+
+
+# Calls go past torch's dispatcher where only autograd and the kernels would answer; these are not such calls.
+
+
+@pytest.fixture
+def small(device):
+    torch.manual_seed(0)
+    like = dict(dtype=torch.float64 if device == "cpu" else torch.float32, device=device)
+    return torch.randn(1, 2, 2, 2, **like), torch.randn(2, 1, 2, 2, **like)
+
+
+def test_batched_gradients(small, ieee):
+    x, w = small
+    for vectorize in (False, True):
+        ours = torch.autograd.functional.jacobian(lambda x: tconv.conv_transpose2d(x, w), x, vectorize=vectorize)
+        torch.testing.assert_close(
+            ours, torch.autograd.functional.jacobian(lambda x: torch.nn.functional.conv_transpose2d(x, w), x)
+        )
+    leaf = x.clone().requires_grad_()
+    y = tconv.conv_transpose2d(leaf, w)
+    several = torch.randn(3, *y.shape, dtype=y.dtype, device=y.device)
+    (batched,) = torch.autograd.grad(y, leaf, several, is_grads_batched=True, retain_graph=True)
+    for found, one in zip(batched, several, strict=True):
+        torch.testing.assert_close(found, torch.autograd.grad(y, leaf, one, retain_graph=True)[0])
+
+
+def test_a_tensor_that_outlived_its_transform(small):
+    x, w = small
+    leaked = []
+    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)
+    torch.testing.assert_close(tconv.conv_transpose2d(leaked[0], w), tconv.conv_transpose2d(x, w))
+
+
+def test_no_gradient_is_recorded_below_autograd(small):
+    x, w = small
+    w.requires_grad_()
+    assert tconv.conv_transpose2d(x, w).requires_grad
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not tconv.conv_transpose2d(x, w).requires_grad
+
+
+def test_modes_see_the_operator(small):
+    x, w = small
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        tconv.conv_transpose2d(x, w)
+    assert any("tconv.conv_transpose" in name for name in seen)
