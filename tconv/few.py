@@ -13,9 +13,10 @@ from math import gcd
 from .configs import Target, cdiv
 from .geometry import Geometry
 
-# Groups of at most so many channels on both sides (depthwise layers, and nearly so); of 16-bit weights' gradients, which
-# read the pixels of both anew for each pair of channels and have cuDNN's tensor cores to beat, so many.
-GROUP, GROUP_OF_HALF_WEIGHTS = 16, 4
+# Groups of at most so many channels on both sides (depthwise layers, and nearly so).  A weight's gradient reads the pixels of
+# both anew for each pair of channels (L1/75, 8 to 16 channels, 3.94 ms in fp32; the portable kernels 2.89), and in 16 bits has
+# cuDNN's tensor cores to beat.
+GROUP, GROUP_OF_WEIGHTS, GROUP_OF_HALF_WEIGHTS = 16, 8, 4
 # Without groups, forward: at most so many input channels and so many output channels,
 FEW_IN, WITH_FEW_IN = 4, 32
 # or so many output channels at each precision.  Beyond, the tensor core is faster even if most of its tile is padding (H100):
@@ -43,6 +44,7 @@ CODE = 64  # products of an input pixel, up to which several input channels are 
 # the largest tile, since smaller ones repeat the loads of weights (64x64x32x32 to 3: 128 programs, 0.086 ms, and 0.051 on the
 # tensor core; 1x56x270x480 to 1: 253 programs, 0.157 and 0.287).
 PROGRAMS, LARGE_PROGRAMS = 3, 1.5
+SHORT_PROGRAMS = 0.5  # and where there are few source channels
 WARP, WARPS = 32, 4
 
 
@@ -102,7 +104,8 @@ def refuse(
     is_weight, grouped = direction == "backward_weight", geometry.groups > 1
     most_out = FEW_OUT_PORTABLE if portable else FEW_OUT
     if grouped:
-        few = max(c_src, c_dst) <= (GROUP_OF_HALF_WEIGHTS if is_weight and how in ("half", "widen") else GROUP)
+        weights = GROUP_OF_HALF_WEIGHTS if how in ("half", "widen") else GROUP_OF_WEIGHTS
+        few = max(c_src, c_dst) <= (weights if is_weight else GROUP)
     else:
         few = (
             (c_src <= FEW_IN and c_dst <= WITH_FEW_IN) or c_dst <= most_out.get(how, 8)
@@ -195,7 +198,7 @@ def choose(
     while a_thread > least and a_thread > limit:
         a_thread //= 2
     long = c_src > FEW_IN
-    enough, threads = (PROGRAMS if long else 0.5) * target.processors, WARPS * WARP
+    enough, threads = (PROGRAMS if long else SHORT_PROGRAMS) * target.processors, WARPS * WARP
     if direction != "backward_weight":
         fewest, largest = (cdiv(rows * columns * lanes, threads * n) * others for n in (least, a_thread))
         too_few = fewest < enough or (

@@ -77,7 +77,10 @@ def is_large(t: torch.Tensor, geometry: Geometry | None = None) -> bool:
     reach = [n - 1 for n in t.shape]
     for i, n in enumerate(beyond):
         reach[t.ndim - len(beyond) + i] += n
-    return sum(n * s for n, s, size in zip(reach, t.stride(), t.shape) if size > 1) > INT32 - 2**16 or t.numel() > INT32 - 2**16
+    return (
+        sum(n * s for n, s, size in zip(reach, t.stride(), t.shape) if size > 1) > INT32 - 2**16
+        or t.numel() > INT32 - 2**16
+    )
 
 
 def is_channels_last(t: torch.Tensor) -> bool:

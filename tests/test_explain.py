@@ -67,7 +67,7 @@ def test_unbatched_and_tuples(device):
     told = tconv.explain(x, w, None, (2,), padding=[1])
     assert told.input_shape == (3, 4)
     assert told.geometry.stride == (2,)
-    assert families(told) == {"few", "gemm"}
+    assert families(told) == {"few", "gemm"} if device == "cpu" else families(told) <= {"gemm", "aten"}
 
 
 def test_phases_without_taps_are_told(device):

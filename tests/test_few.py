@@ -57,8 +57,8 @@ def test_random_layers(seed, last, device, ieee, monkeypatch):
     """All three passes; on a GPU, too, on layers so small that they would run elsewhere."""
     if (layer := drawn(seed, last)) is None:
         pytest.skip("no output")
-    monkeypatch.setattr(few, "PROGRAMS", 0)
-    monkeypatch.setattr(few, "LARGE_PROGRAMS", 0)
+    for least in ("PROGRAMS", "LARGE_PROGRAMS", "SHORT_PROGRAMS"):
+        monkeypatch.setattr(few, least, 0)
     few.choose.cache_clear()
     dispatch.plan.cache_clear()
     launch.record.forget()
@@ -199,12 +199,12 @@ def test_which(c_in, c_out, how, options, why):
 @pytest.mark.parametrize(
     "args, options",
     [
-        ((64, 3, 4, (64, 64), 16), dict(stride=2, padding=1)),
+        ((64, 3, 4, (64, 64), 64), dict(stride=2, padding=1)),
         ((56, 1, 9, (270, 480), 1), dict(stride=3, padding=4, output_padding=2)),
         ((192, 192, 3, (57, 56), 4), dict(stride=2, padding=1, groups=192)),
         ((64, 64, 5, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
         ((64, 128, 3, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
-        ((48, 1, 8, (64084,), 2), dict(stride=4)),
+        ((48, 1, 8, (64084,), 8), dict(stride=4)),
         ((96, 96, 12, (8202,), 4), dict(stride=2, padding=5, groups=96)),
         ((3, 16, 3, (16, 32, 32), 16), dict(stride=2, padding=1)),
         ((32, 64, 3, (64, 96), 4), dict(stride=(2, 3), padding=1, groups=4)),
