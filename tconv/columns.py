@@ -1,7 +1,7 @@
 """The column kernels' tile (kernels/columns.py), and which problems they take: those that are mostly reading the weight.
 
-Pure integers, from a layer's sizes; neither torch nor Triton.  Every figure here is an estimate for an H100: nothing has
-been measured.
+Pure integers, from a layer's sizes; neither torch nor Triton.  The times are estimates for an H100, two to four times below
+what was measured (docs/kernels.md), as are those that they are compared with.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import lru_cache
 from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
 
 MOST_PIXELS = 384  # of all samples; beyond, multiplications take the time, and other kernels' tiles are better for them
+MOST_PRODUCTS = 3 << 29  # with 3.3e9 (200 pixels, 1536 to 768 channels, k14) the shift kernel took 119 us, this one 150
 LEAST_CHANNELS = 32  # of a group: a tile's depth
 LEAST_WEIGHT = 1 << 15  # bytes; below, a pass is nothing but launches
 LESS = 0.9  # of what the other kernels would take at least
@@ -50,7 +51,10 @@ def refuse(groups: int, c_in: int, columns: int, pixels: int, element_size: int,
     for bad, why in (
         (order == "strided", "the column kernels read a weight without gaps"),
         (large, "the column kernels have 32-bit offsets"),
-        (pixels > MOST_PIXELS, "too many pixels for the column kernels"),
+        (
+            pixels > MOST_PIXELS or pixels * groups * c_in * columns > MOST_PRODUCTS,
+            "too many pixels for the column kernels",
+        ),
         (c_in < LEAST_CHANNELS, "too few input channels for the column kernels"),
         (groups * c_in * columns * element_size < LEAST_WEIGHT, "the weight is too small for the column kernels"),
         (groups * columns * pixels > WORKSPACE_ELEMENTS, "the columns would take too much memory"),
