@@ -79,7 +79,6 @@ LAYERS = {
     "weight-bf16-nhwc": (layer(1024, 512, 4, (8, 8), 1, stride=2, padding=1), BF16, LAST, True),
     "weight-fp16-nchw": (layer(1024, 512, 4, (8, 8), 1, stride=2, padding=1), FP16, FIRST, True),
     "weight-fp32-nchw": (layer(1024, 512, 4, (8, 8), 1, stride=2, padding=1), FP32, FIRST, False),
-    "weight-codec-fp16": (layer(1536, 768, 16, (4,), 1, stride=8), FP16, FIRST, True),
     "weight-tf32-nchw": (layer(1024, 512, 4, (8, 8), 1, stride=2, padding=1), FP32, FIRST, True),
     "innermost-fp32-nchw": (layer(512, 512, 4, (2, 2), 16, stride=2, padding=1), FP32, FIRST, True),
     "volume-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),

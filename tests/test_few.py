@@ -52,7 +52,7 @@ def drawn(seed, last):
 
 
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_layers(seed, last, device, ieee, monkeypatch):
     """All three passes; on a GPU, too, on layers so small that they would run elsewhere."""
     if (layer := drawn(seed, last)) is None:
@@ -95,6 +95,8 @@ def test_halves(dtype, device):
 @pytest.mark.parametrize("c_in, kernel, stride", [(150, 4, 2), (9, 9, 2), (70, 3, 1)])
 def test_long_sums_in_fp32(c_in, kernel, stride, tf32, device):
     """Sums of hundreds of products, in blocks: a plain chain of 600 would be 4.5e-7 off in root mean square."""
+    if device == "cpu" and tf32 and kernel != 9:
+        pytest.skip("the interpreter is slow, and computes the same")
     torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
     x, w = torch.randn(2, c_in, 12, 13, device=device), torch.randn(c_in, 1, kernel, kernel, device=device)
     exact = torch.nn.functional.conv_transpose2d(x.double(), w.double(), stride=stride)
