@@ -59,6 +59,8 @@ def as_tuple(value, name: str, ndim: int) -> tuple[int, ...]:
 
     Raises TypeError for anything that is not made of ints and RuntimeError for a wrong length.
     """
+    if type(value) is tuple and len(value) == ndim and all(type(v) is int for v in value):
+        return value  # as modules have them: the rest takes as long as a kernel's launch
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     values = tuple(as_int(v, name, ndim, f"an int or a tuple of {ndim} ints") for v in values)
     if len(values) == 1:

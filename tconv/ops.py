@@ -68,9 +68,9 @@ for _name, _function in _KERNELS.items():
 
 @cache
 def _plain_keys(device: str) -> frozenset[int]:
-    """The dispatch keys of an ordinary tensor of a device, and of one made in inference mode."""
+    """The dispatch keys of an ordinary tensor of a device, and of one made in inference mode; none where tconv has no kernels."""
     found = set()
-    for inference in (False, True):
+    for inference in (False, True) if device in ("cpu", "cuda") else ():
         with torch.inference_mode(inference):
             found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
     return frozenset(found)
@@ -82,22 +82,22 @@ _AUTOGRAD_KEY = torch._C.DispatchKey.AutogradFunctionality
 def _alone(args) -> bool:
     """Whether nothing but autograd stands between a call and the kernels: no mode, transform or trace that wants to see an
     operator, autograd where it is expected, and no tensor that torch's dispatcher would treat in a way of its own."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD_KEY)
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
-        and all(
-            type(t) in (torch.Tensor, torch.nn.Parameter)
-            and t.device.type in ("cuda", "cpu")
-            and torch._C._dispatch_keys(t).raw_repr() in _plain_keys(t.device.type)
-            for t in args[:3]
-            if isinstance(t, torch.Tensor)
-        )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD_KEY)
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    plain = _plain_keys(args[0].device.type)
+    return all(
+        type(t) in (torch.Tensor, torch.nn.Parameter) and torch._C._dispatch_keys(t).raw_repr() in plain
+        for t in args[:3]
+        if isinstance(t, torch.Tensor)
     )
 
 
