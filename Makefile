@@ -37,7 +37,7 @@ gpu-test:
 	$(PYTHON) -m pytest --ignore tests/test_aot.py -n $(WORKERS) --dist worksteal -m "not alone" --summary benchmarks/results/gpu-test.json $(TESTS)
 	$(PYTHON) -m pytest -m alone --summary benchmarks/results/gpu-test-alone.json $(TESTS) || [ $$? -eq 5 ]
 
-# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2` takes 14 minutes on
+# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2` takes 16 minutes on
 # two H100s.  One that was stopped goes on with RESUME=--resume.
 RESULTS := $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 core-gradients)
 GPUS ?= 1
