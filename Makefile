@@ -12,6 +12,9 @@ WORKERS ?= auto
 empty :=
 space := $(empty) $(empty)
 
+# pytest must be told where the tests are: it takes the value of an option that it does not know yet for a path.
+TESTS ?= tests
+
 .PHONY: demo test gpu-test results report lint clean FORCE
 
 $(VENV)/.installed: pyproject.toml

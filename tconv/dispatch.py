@@ -342,7 +342,7 @@ def plan(problem: Problem, target: Target) -> Plan:
         why += f"; {refused}"
         thin, _ = _few(problem, how, target, portable=True)
         if thin:
-            return _few_plan(problem, f"{why}; too few for the tensor core's portable kernels", thin, target)
+            return _few_plan(problem, f"{why}; too few for the tensor core", thin, target)
     if is_direct:
         why += f"; they would fill {max(c_in, c_out)}/16 of a tensor-core tile"
     if problem.direction == "backward_weight":
