@@ -11,7 +11,7 @@ from itertools import product
 from math import gcd
 
 from .configs import Target, cdiv
-from .geometry import Geometry
+from .geometry import Geometry, sizes3
 
 # Groups of at most so many channels on both sides (depthwise layers, and nearly so).  A weight's gradient reads the pixels of
 # both anew for each pair of channels (L1/75, 8 to 16 channels, 3.94 ms in fp32; the portable kernels 2.89), and in 16 bits has
@@ -125,10 +125,7 @@ def refuse(
             "the few-channel kernels read along the width, or channels in whole vectors",
         ),
         (last and grouped and max(c_src, c_dst) > 1, "several channels a group in channels_last"),
-        (
-            many or phases > MOST_SUMS,
-            "the few-channel kernels would have too many phases or taps",
-        ),
+        (many or phases > MOST_SUMS, "the few-channel kernels would have too many phases or taps"),
     ):
         if bad:
             return why
@@ -189,7 +186,7 @@ def choose(
         if not last:
             most = max(1, min(MOST_SUMS // phases, MOST_PRODUCTS[direction] // products))
             channels = max(n for n in range(1, min(c_dst, most) + 1) if c_dst % n == 0)
-        others = others // channels * (min(depth.stride, _sizes(geometry.output_size(size))[0]) if forward else 1)
+        others = others // channels * (min(depth.stride, sizes3(geometry.output_size(size))[0]) if forward else 1)
         sums = SUMS_IN_BLOCKS if block else SUMS
         limit = min(sums // (phases * channels), READS // len(reads))
     # Neighbouring channels: 16 bytes of them, in 16 bits half as many where each has many reads.
@@ -219,15 +216,11 @@ def choose(
     return Few(reads, *shape, *steps, channels, lanes, own, unroll, block, pixels, box)
 
 
-def _sizes(size) -> tuple[int, ...]:
-    return (1,) * (3 - len(size)) + tuple(size)
-
-
 def _extent(geometry: Geometry, batch: int, size, forward: bool) -> tuple[int, int]:
     """Rows, and columns of each, of the pixels of a tile's grid: those of the input, or that make the output's phases."""
-    depth, height, width = _sizes(size)
+    depth, height, width = sizes3(size)
     if forward:
-        output = _sizes(geometry.output_size(size))
+        output = sizes3(geometry.output_size(size))
         depth, height, width = (cdiv(o, axis.stride) for o, axis in zip(output, geometry.axes3))
     return batch * depth * height, width
 
@@ -240,7 +233,7 @@ def tiles(tile: Few, geometry: Geometry, batch: int, size, forward: bool) -> int
 
 def programs(tile: Few, geometry: Geometry, batch: int, c_dst: int, size, forward: bool) -> int:
     """How many programs carry out a gather; c_dst is a group's, size the input's."""
-    phases = min(geometry.axes3[0].stride, _sizes(geometry.output_size(size))[0]) if forward else 1
+    phases = min(geometry.axes3[0].stride, sizes3(geometry.output_size(size))[0]) if forward else 1
     return (
         tiles(tile, geometry, batch, size, forward) * phases * (geometry.groups * c_dst // (tile.channels * tile.lanes))
     )

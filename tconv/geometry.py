@@ -63,6 +63,11 @@ class Axis:
         return (size - 1) * self.stride - 2 * self.padding + self.dilation * (self.kernel - 1) + output_padding + 1
 
 
+def sizes3(size) -> tuple[int, ...]:
+    """A spatial size as (depth, height, width)."""
+    return (1,) * (3 - len(size)) + tuple(size)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A transposed convolution's hyper-parameters, one entry per spatial axis."""

@@ -14,7 +14,7 @@ import torch
 from . import aten, columns, few, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
-from .geometry import Geometry
+from .geometry import Geometry, sizes3
 from .record import Described, Record, on_device
 
 INT32 = 2**31 - 1
@@ -65,22 +65,13 @@ def strides5(t: torch.Tensor) -> tuple[int, int, int, int, int]:
     return (s[0], s[1], *([0] * (5 - len(s))), *s[2:])  # type: ignore[return-value]
 
 
-def sizes3(size) -> tuple[int, ...]:
-    """A spatial size as (depth, height, width)."""
-    return (1,) * (3 - len(size)) + tuple(size)
-
-
 def is_large(t: torch.Tensor, geometry: Geometry | None = None) -> bool:
     """Whether an element offset can pass 2^31: such tensors take kernels with 64-bit offsets.  A layer's kernels also form
     offsets beyond a tensor's borders, as far as its taps and padding reach."""
     beyond = [a.dilation * (a.kernel - 1) + a.stride + 2 * a.padding for a in geometry.axes] if geometry else []
-    reach = [n - 1 for n in t.shape]
-    for i, n in enumerate(beyond):
-        reach[t.ndim - len(beyond) + i] += n
-    return (
-        sum(n * s for n, s, size in zip(reach, t.stride(), t.shape) if size > 1) > INT32 - 2**16
-        or t.numel() > INT32 - 2**16
-    )
+    beyond = [0] * (t.ndim - len(beyond)) + beyond
+    reach = sum((n - 1 + more) * s for n, more, s in zip(t.shape, beyond, t.stride()) if n > 1)
+    return max(reach, t.numel()) > INT32 - 2**16
 
 
 def is_channels_last(t: torch.Tensor) -> bool:
@@ -107,6 +98,11 @@ def accumulator(dtype: torch.dtype):
     import triton.language as tl
 
     return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def of_partials(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partial sums of tensors of a dtype are kept: what `accumulator` is on the device."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def vector(t: torch.Tensor, source: str) -> int:
@@ -216,8 +212,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
 
     with on_device(input):
         columns = c_in * (c_out // g)
-        dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-        partials = noted.workspace((chosen.splits, geometry.taps, columns), dtype, input)
+        partials = noted.workspace((chosen.splits, geometry.taps, columns), of_partials(input.dtype), input)
         if chosen.family == "few":
             _weight_few(noted, chosen, input, grad_output, partials, geometry)
         else:
@@ -457,8 +452,7 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
     size, out = sizes3(input.shape[2:]), sizes3(output.shape[2:])
     pixels, width = batch * prod(size), c_out * taps
     w_i, last = strides5(weight)[0], order(weight) == "channels"
-    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-    partials = noted.workspace((chosen.splits, pixels, g * width), dtype, input)
+    partials = noted.workspace((chosen.splits, pixels, g * width), of_partials(input.dtype), input)
     by_pixel = not last and size[2] >= columns.RUN
     noted.launch(
         column_gemm, chosen.splits * g * cdiv(width, tile.columns) * cdiv(pixels, tile.pixels),
@@ -588,7 +582,7 @@ def gather(
     splits, count, to = chosen.splits, 0, destination
     if splits > 1:  # each writes a whole result
         count = destination.numel()
-        to = noted.workspace((splits, count), torch.float64 if source.dtype is torch.float64 else torch.float32, source)
+        to = noted.workspace((splits, count), of_partials(source.dtype), source)
     grid = tiles * (packed.shape[1] // config.block_n) * g * splits
     noted.launch(gather_gemm, grid, source, packed, bias, to, *scalars, splits, count, **constants)
     if splits > 1:

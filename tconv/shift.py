@@ -12,7 +12,7 @@ from itertools import product
 from math import gcd, prod
 
 from .configs import Target, cdiv, power_of_two
-from .geometry import Axis
+from .geometry import Axis, sizes3
 
 SHARED = 232448 - 2048  # bytes of shared memory a block may have on sm_90, less the barriers
 M = 64  # rows of an accumulator: output channels, times the phases along the width that are folded into them
@@ -501,7 +501,7 @@ def choose(
     """The tile that is quickest by the model, or None where none fits or fills the GPU."""
     axes = geometry.axes3
     output = geometry.output_size(size)
-    size, output = ((1,) * (3 - len(s)) + tuple(s) for s in (size, output))
+    size, output = sizes3(size), sizes3(output)
     element = bytes_of(dtype)
     src_layout, dst_layout = (each if each == "width" else "channels" for each in (source, destination))
     last = src_layout == "channels"

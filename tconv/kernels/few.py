@@ -9,7 +9,7 @@ are pixels; or pixels by channels, `t.lanes` of them, in channels_last.
 import triton
 import triton.language as tl
 
-from .common import axis_taps, inside, split_row, widen
+from .common import axis_taps, inside, known_strides, split_row, widen
 
 GATHER = (
     "batch c_src c_dst groups d_src h_src w_src d_dst h_dst w_dst kd strided padd dild gcdd invd "
@@ -33,13 +33,13 @@ def _name(base, tensor):
 
 
 @triton.jit
-def _add(sums, i: tl.constexpr, product):
-    return sums[:i] + (sums[i] + product,) + sums[i + 1 :]
+def _put(sums, i: tl.constexpr, v):
+    return sums[:i] + (v,) + sums[i + 1 :]
 
 
 @triton.jit
-def _put(sums, i: tl.constexpr, v):
-    return sums[:i] + (v,) + sums[i + 1 :]
+def _add(sums, i: tl.constexpr, product):
+    return _put(sums, i, sums[i] + product)
 
 
 @triton.jit
@@ -50,12 +50,6 @@ def _zeros(ACC: tl.constexpr, COUNT: tl.constexpr, t: tl.constexpr):
         return (tl.zeros((tl.constexpr(t.pixels), tl.constexpr(t.lanes)), ACC),) + _zeros(ACC, COUNT - 1, t)
     else:
         return (tl.zeros((tl.constexpr(t.pixels),), ACC),) + _zeros(ACC, COUNT - 1, t)
-
-
-@triton.jit
-def _whole(stride, t: tl.constexpr):
-    """A stride of a tensor whose channels lie in whole vectors, spelt so that the compiler knows."""
-    return stride // 16 * 16 if t.lanes > 1 and t.own else stride
 
 
 @triton.jit
@@ -130,24 +124,17 @@ def gather_few(
     c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d, w_tap:
     the weight's strides along group, source channel, depth, and for t.weight to multiply.
     """
+    SRC_LAYOUT: tl.constexpr = "width" if t.lanes == 1 else "vectors" if t.own else "strided"
+    DST_LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width" if DST_WIDTH else "strided"
+    # Not the channels': a channel of a thread's own is the first of one, and to say so made longer code.
+    src_n, _, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
+    dst_n, dst_c, dst_d, dst_h, dst_w = known_strides(dst_n, dst_c, dst_d, dst_h, dst_w, DST_LAYOUT)
     if t.lanes > 1:
-        dst_c = 1
-        dst_n = dst_n // 16 * 16
-        dst_d = dst_d // 16 * 16
-        dst_h = dst_h // 16 * 16
-        dst_w = dst_w // 16 * 16
         w_s = w_s // 16 * 16
         w_d = w_d // 16 * 16
         w_tap = w_tap // 16 * 16
-        src_n = _whole(src_n, t)
-        src_d = _whole(src_d, t)
-        src_h = _whole(src_h, t)
-        src_w = _whole(src_w, t)
     else:
-        src_w = 1
         w_tap = 1
-        if DST_WIDTH:
-            dst_w = 1
     phases_d = strided if FORWARD else 1
     q_d = tl.cdiv(d_dst, phases_d)
     q_h = tl.cdiv(h_dst, t.phases_h)
@@ -242,20 +229,9 @@ def weight_few(
     y is the output's gradient; a column is an (input channel, output channel of its group) pair; c_in and c_out are a
     group's.  Where channels lie side by side, both are 1.
     """
-    if t.lanes > 1:
-        x_c = 1
-        y_c = 1
-        x_n = _whole(x_n, t)
-        x_d = _whole(x_d, t)
-        x_h = _whole(x_h, t)
-        x_w = _whole(x_w, t)
-        y_n = _whole(y_n, t)
-        y_d = _whole(y_d, t)
-        y_h = _whole(y_h, t)
-        y_w = _whole(y_w, t)
-    else:
-        x_w = 1
-        y_w = 1
+    LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width"
+    x_n, x_c, x_d, x_h, x_w = known_strides(x_n, x_c, x_d, x_h, x_w, LAYOUT)
+    y_n, y_c, y_d, y_h, y_w = known_strides(y_n, y_c, y_d, y_h, y_w, LAYOUT)
     columns = groups * c_in * c_out
     blocks = columns // t.lanes
     # What reads the same pixels is neighbours.
