@@ -73,10 +73,11 @@ def box_width(rows: int, width: int, pixels: int) -> int:
     return min((b for b in {1, 4, 16, 64, pixels} if b <= pixels), key=cost)
 
 
-def reduction_block(element_size: int, channels_last: bool, target: Target) -> int:
-    """The most of BLOCK_K.  A 16-bit tile that is not channels_last is loaded through registers (asynchronous copies
-    take 4 bytes at least), and before sm_90 a tile of 64 would spill them."""
-    through_registers = element_size == 2 and not channels_last and target.backend == "cuda" and target.arch < 90
+def reduction_block(element_size: int, vectors: bool, target: Target) -> int:
+    """The most of BLOCK_K.  A 16-bit tile that is not whole vectors of channels is loaded through registers (asynchronous
+    copies take 4 bytes at least).  A tile of 64 would spill them before sm_90, and for sm_100 under Triton 3.8, whose
+    assembler keeps to 96 registers there."""
+    through_registers = element_size == 2 and not vectors and target.backend == "cuda" and target.arch // 10 != 9
     return 64 if element_size == 2 and not through_registers else 32
 
 
@@ -88,13 +89,13 @@ def gather_gemm(
     c_dst: int,
     element_size: int,
     precision: str,
-    channels_last: bool,
+    vectors: bool,
     large: bool,
     target: Target,
 ) -> Config:
     """Tile for one phase of `rows` x `width` pixels; `programs` counts phases times groups."""
     block_n = power_of_two(c_dst, 16, 64 if precision in ("tf32x3", "ieee") else 128)
-    block_k = power_of_two(c_src, 16, reduction_block(element_size, channels_last, target))
+    block_k = power_of_two(c_src, 16, reduction_block(element_size, vectors, target))
     block_m = 128
     if cdiv(rows * width, 128) * programs * cdiv(c_dst, block_n) < target.processors:
         block_m = 64  # fill the GPU before the tile
@@ -123,13 +124,13 @@ def weight_gemm(
     c_out: int,
     element_size: int,
     precision: str,
-    channels_last: bool,
+    vectors: bool,
     target: Target,
 ) -> Config:
     most = 64 if precision in ("tf32x3", "ieee") else 128
     block_m = power_of_two(c_in, 16, most)
     block_n = power_of_two(c_out, 16, most)
-    block_k = reduction_block(element_size, channels_last, target)
+    block_k = reduction_block(element_size, vectors, target)
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     return Config(
         block_m, block_n, block_k, box_width(rows, width, block_k), warps, 3 if block_m * block_n < 128 * 128 else 2

@@ -372,7 +372,8 @@ def _weight_sums(problem: Problem, is_direct: bool, how: str, why: str, target: 
         pixels, programs = config.block_m, geometry.taps * cdiv(columns, config.block_n)
     else:
         element_size = problem.dtype.itemsize
-        config = configs.weight_gemm(rows, width, c_in, c_out, element_size, how, problem.channels_last, target)
+        vectors = problem.source == "vectors"
+        config = configs.weight_gemm(rows, width, c_in, c_out, element_size, how, vectors, target)
         pixels = config.block_k
         programs = geometry.taps * g * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
     tiles = cdiv(rows, pixels // config.box_w) * cdiv(width, config.box_w)
@@ -393,10 +394,12 @@ def _gather(problem: Problem, is_direct: bool, how: str, why: str, target: Targe
         output, taps, quotient, phases = size, geometry.taps, list(size), 1
         c_src, c_dst = problem.c_out // g, problem.c_in // g
     rows, width = problem.batch * prod(quotient[:-1]), quotient[-1]
-    last, element_size = problem.channels_last, problem.dtype.itemsize
     if is_direct:
-        return Plan("direct", why, how, configs.direct(rows, width, c_dst * g, last, target))
-    config = configs.gather_gemm(rows, width, phases * g, c_src, c_dst, element_size, how, last, problem.large, target)
+        return Plan("direct", why, how, configs.direct(rows, width, c_dst * g, problem.channels_last, target))
+    vectors, element_size = problem.source == "vectors", problem.dtype.itemsize
+    config = configs.gather_gemm(
+        rows, width, phases * g, c_src, c_dst, element_size, how, vectors, problem.large, target
+    )
     pixels = cdiv(rows, config.block_m // config.box_w) * cdiv(width, config.box_w)
     programs, steps = pixels * phases * g * cdiv(c_dst, config.block_n), taps * cdiv(c_src, config.block_k)
     elements = problem.batch * c_dst * g * prod(output)
