@@ -87,6 +87,7 @@ class Plan:
     config: Config | few.Few | columns.Columns | shift.Shift | None = None
     splits: int = 1
     tiles_per_split: int = 0
+    arranged: bool = False  # shift: whether the input is first copied, channels innermost and at TF32 rounded
 
 
 def refuse(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -290,19 +291,22 @@ def _columns(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan
     return Plan("columns", f"{why}: reading the weight takes the time", how, tile, splits), ""
 
 
-def _shift(problem: Problem, how: str, target: Target) -> tuple[shift.Shift | None, str]:
-    """The shift kernel's tile, or why it does not take the problem."""
+def _shift(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan | None, str]:
+    """The shift kernel's plan, or why it does not take the problem."""
     p = problem
     if "shift" in target.without:
         return None, "the shift kernel is left out"
     refused = shift.refuse(p.geometry, p.c_in, p.large, how, p.source, p.destination, target)
     if refused:
         return None, refused
-    tile = shift.choose(
+    chosen = shift.choose(
         p.geometry, p.batch, p.c_in, p.c_out, p.input_size, HALVES.get(p.dtype, how), p.source, p.destination, p.vector,
-        target.processors,
+        p.dense, target.triton >= shift.ROUNDING_TRITON, target.processors,
     )  # fmt: skip
-    return tile, "none of the shift kernel's tiles fits or fills the GPU"
+    if not chosen:
+        return None, "none of the shift kernel's tiles fits or fills the GPU"
+    tile, arranged = chosen
+    return Plan("shift", why, how, tile, arranged=arranged), ""
 
 
 @lru_cache(maxsize=8192)
@@ -336,9 +340,9 @@ def plan(problem: Problem, target: Target) -> Plan:
         if chosen:
             return chosen
         why += f"; {refused}"
-        tile, refused = _shift(problem, how, target)
-        if tile:
-            return Plan("shift", why, how, tile)
+        chosen, refused = _shift(problem, how, why, target)
+        if chosen:
+            return chosen
         why += f"; {refused}"
         thin, _ = _few(problem, how, target, portable=True)
         if thin:

@@ -39,6 +39,8 @@ class PassExplanation:
             text = f"{self.name}: {self.plan.family}, because {self.plan.reason}"
             return text + f"; {_WORDS[self.plan.precision]}" if self.plan.precision else text
         text = f"{self.name}: {self.plan.family} ({self.plan.reason}); {_WORDS[self.plan.precision]}; tile {self.plan.config.describe()}"
+        if self.plan.arranged:
+            text += ", of a copy of the input with its channels innermost"
         if self.plan.splits > 1:
             text += f"; sum in {self.plan.splits} parts"
         return text

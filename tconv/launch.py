@@ -282,12 +282,31 @@ def _weight_sums(noted: Record, chosen: Plan, input, grad_output, partials, geom
 
 def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     """A dense tensor rounded to TF32, in its memory format."""
-    from .kernels.rounding import round_dense
+    from .kernels.copies import round_dense
 
     rounded = noted.workspace(t.shape, t.dtype, t, _suggested(t))
     block = 4096
     noted.launch(round_dense, cdiv(t.numel(), block), t, rounded, t.numel(), BLOCK=block)
     return rounded
+
+
+def _arrange(noted: Record, t: torch.Tensor, is_tf32: bool) -> torch.Tensor:
+    """A dense activation as [image, *pixels, channels], rounded if it is to be TF32: what bulk copies take."""
+    from .kernels.copies import arrange
+
+    (batch, channels), size = t.shape[:2], t.shape[2:]
+    pixels, piece = prod(size), 16 // t.element_size()
+    pieces = cdiv(channels, piece)
+    arranged = noted.workspace((batch, *size, pieces * piece), t.dtype, t)
+    block_p = power_of_two(pixels, 16, 64)
+    block_c = power_of_two(channels, 16, 4096 // block_p)
+    grid = batch * cdiv(pixels, block_p) * cdiv(pieces * piece, block_c)
+    last = is_channels_last(t)
+    noted.launch(
+        arrange, grid, t, arranged, pixels, channels, pieces,
+        LAST=last, ROUND=is_tf32, VECTOR=gcd(channels if last else pixels, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c,
+    )  # fmt: skip
+    return arranged
 
 
 def backward_bias(grad_output) -> torch.Tensor:
@@ -492,7 +511,8 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     assert isinstance(tile, shift.Shift)
     (batch, c_in), c_out = input.shape[:2], output.shape[1]
     (d_in, h_in, w_in), (d_out, h_out, w_out) = size, out = sizes3(input.shape[2:]), sizes3(output.shape[2:])
-    x_n, x_c, x_d, x_h, x_w = strides5(input)
+    source = _arrange(noted, input, tile.dtype == "tf32") if chosen.arranged else input
+    x_n, x_c, x_d, x_h, x_w = strides5(source.movedim(-1, 1) if chosen.arranged else source)
     y_n, y_c, y_d, y_h, y_w = strides5(output)
     w_i, w_o, *w_taps = strides5(weight)
     walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, target_of(input.device).processors)
@@ -502,7 +522,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.M, tile.kb, PARTS.get(tile.dtype, 0))
     taps, height, width = packed.shape
     w_layout, x_layout = kernels.descriptor_layouts(tile)
-    source = input
+    x: torch.Tensor | Described = source
     if tile.how != "threads":
         # A dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes.
         shape, strides = [batch, d_in, h_in, w_in, c_in], [x_n or 16, x_d or 16, x_h or 16, x_w or 16, x_c or 16]
@@ -512,10 +532,12 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
             order.remove(1)
         shape, strides, box = ([each[i] for i in order] for each in (shape, strides, box))
         strides[-1] = 1
-        source = Described(input, (shape, strides, box, x_layout))
+        # Of fp32 that no thread has rounded, the copies do: as Triton 3.7 and later can ask for.
+        rounding = ("zero", True) if tile.rounds and not chosen.arranged else ()
+        x = Described(source, (shape, strides, box, x_layout, *rounding))
     noted.launch(
         kernels.shift, walked.grid,
-        source, Described(packed, ([taps * height, width], [width, 1], [shift.M, tile.kb], w_layout)),
+        x, Described(packed, ([taps * height, width], [width, 1], [shift.M, tile.kb], w_layout)),
         output if bias is None else bias, output,
         walked.tiles_co, walked.tiles_w, walked.image, walked.blocks, walked.tiles,
         batch, c_in, h_in, w_in, x_n, x_c, x_h, x_w,

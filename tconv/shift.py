@@ -18,6 +18,7 @@ SHARED = 232448 - 2048  # bytes of shared memory a block may have on sm_90, less
 M = 64  # rows of an accumulator: output channels, times the phases along the width that are folded into them
 # The releases whose Gluon the kernel compiles with; it has run under the first.
 TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
+ROUNDING_TRITON = 3, 7  # from this release on, a bulk copy can round fp32 to TF32 as it brings it
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
 MOST_IEEE_TAPS = 25  # along height and width, in IEEE fp32: cuDNN's algorithms for larger kernels add less often
 MOST_ADDITIONS = 100  # in IEEE fp32, of sums of 16 channels; of 32 channels they are half as many
@@ -170,6 +171,11 @@ class Shift:
     def joined(self) -> int:
         """Phases along the width that are interleaved before the store."""
         return self.fold.joined if self.dst_layout == "width" else self.fold.phases
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what bulk copies bring must be TF32 values already, for want of a thread that rounds them."""
+        return self.dtype == "tf32" and self.how == "bulk"
 
     @property
     def brings(self) -> int:
@@ -377,6 +383,9 @@ OVERLAP = 0.3  # of the second longest of what runs side by side adds to the lon
 TILE = 2000  # cycles of a tile beside everything else
 HALF_THE_CODE = 0.9  # a tile with half the code to compile may take so much longer
 MEMORY = 12.5  # bytes of the GPU's memory
+# A copy of the input before the kernel: cycles of a launch, the share of MEMORY that it reaches (that of 16-bit pixels by
+# single loads second), what it must promise at least for as large a workspace, and the largest one in elements.
+LAUNCH, COPIED, WORTH, MOST_COPIED = 4000, (0.75, 0.4), 0.85, 1 << 28
 
 
 def cycles(tile: Shift, walked: Walk, moved: int) -> float:
@@ -494,42 +503,60 @@ def refuse(geometry, c_in, large, precision, source, destination, target: Target
 LEAST_SHARE = 0.05
 
 
+def arranging(batch: int, c_in: int, pixels: int, element: int, vector: int, last: bool, processors: int) -> float:
+    """About how many cycles a copy of the input takes that has its channels innermost, in whole pieces of 16 bytes."""
+    moved = element * batch * pixels * (c_in + cdiv(c_in, 16 // element) * 16 // element)
+    return LAUNCH + moved / (MEMORY * COPIED[not last and vector * element < 4] * processors)
+
+
 @lru_cache(maxsize=4096)
 def choose(
-    geometry, batch, c_in, c_out, size, dtype: str, source: str, destination: str, vector: int, processors
-) -> Shift | None:
-    """The tile that is quickest by the model, or None where none fits or fills the GPU."""
+    geometry, batch, c_in, c_out, size, dtype: str, source: str, destination: str, vector: int, dense: bool, rounding: bool,
+    processors,
+) -> tuple[Shift, bool] | None:  # fmt: skip
+    """The tile that is quickest by the model, and whether it takes a copy of the input; None where none fits or fills the GPU.
+    dense: whether the input can be copied; rounding: whether bulk copies can round."""
     axes = geometry.axes3
     output = geometry.output_size(size)
     size, output = sizes3(size), sizes3(output)
     element = bytes_of(dtype)
     src_layout, dst_layout = (each if each == "width" else "channels" for each in (source, destination))
     last = src_layout == "channels"
-    how = ("bulk" if last and element == 2 else "staged") if vector * element >= 16 else "threads"
-    src_vector = gcd(vector, c_in, 16 // element) if last else min(vector, 4 // element)
     # The output is new: its strides are multiples of its channels, or of its width.
     dst_vector = gcd(c_out, 16 // element) if dst_layout == "channels" else 4 if output[2] % 4 == 0 else 1
-    best: tuple[float, float, Shift] | None = None
+    src_vector = gcd(vector, c_in, 16 // element) if last else min(vector, 4 // element)
+    # How the input comes, from where, and the cycles of copying it before.
+    ways: list[tuple[str, str, int, float]] = [("threads", src_layout, src_vector, 0.0)]
+    if vector * element >= 16:
+        if last and (element == 2 or (dtype == "tf32" and rounding)):
+            ways = [("bulk", src_layout, src_vector, 0.0)]
+        else:
+            ways.insert(0, ("staged", src_layout, src_vector, 0.0))
+    pixels = batch * prod(size)
+    if ways[0][0] != "bulk" and dense and dtype != "tf32x3" and pixels * (c_in + 8) <= MOST_COPIED:
+        copying = arranging(batch, c_in, prod(size), element, vector, last, processors)
+        ways.append(("bulk", "channels", 16 // element, copying))
+    best: tuple[float, float, Shift, bool] | None = None
     columns = cdiv(output[2], axes[2].stride)
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
-    for each in (how,) if how == "bulk" else dict.fromkeys((how, "threads")):
-        for candidate in candidates(axes, dtype, columns, c_in, c_out, each, 1 if last else src_vector):
-            tile = make(axes, dtype, c_in, c_out, *candidate, src_layout, dst_layout, src_vector, dst_vector, volume)
+    for how, layout, vector, copying in ways:
+        for candidate in candidates(axes, dtype, columns, c_in, c_out, how, 1 if layout == "channels" else vector):
+            tile = make(axes, dtype, c_in, c_out, *candidate, layout, dst_layout, vector, dst_vector, volume)
             if tile is None:
                 continue
             walked = walk(tile, axes, batch, c_in, c_out, size, output, processors)
             rows = batch * walked.planes * walked.image + tile.halo_rows
             if rows >= MOST_ROWS or max(walked.image, walked.planes) >= MOST_DIVISOR:
                 continue
-            took = cycles(tile, walked, moved)
-            cost = took * (HALF_THE_CODE if tile.work == "together" else 1.0)
+            took = cycles(tile, walked, moved) + copying
+            cost = took * (HALF_THE_CODE if tile.work == "together" else 1.0) / (WORTH if copying else 1.0)
             if best is None or cost < best[0]:
-                best = cost, took, tile
+                best = cost, took, tile, copying > 0
     if best is None:
         return None
-    _, took, tile = best
+    _, took, tile, copied = best
     rows = max(c_out, 16)  # the portable kernels' tiles have no fewer
     products = PRODUCTS[tile.parts] * batch * prod(output) * c_in * rows * geometry.taps / prod(geometry.stride)
     least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
-    return tile if least >= LEAST_SHARE * took else None
+    return (tile, copied) if least >= LEAST_SHARE * took else None

@@ -121,7 +121,8 @@ class Descriptor:
     """A tensor as bulk copies take it."""
 
     def __init__(self, memory, facts):
-        self.memory, (self.shape, self.strides, self.box, _) = memory, facts
+        self.memory, (self.shape, self.strides, self.box, _, *more) = memory, facts
+        self.rounds = more == ["zero", True]  # to TF32
 
     def read(self, corner):
         """The box at `corner`, zero where it leaves the tensor."""
@@ -131,7 +132,8 @@ class Descriptor:
             i = (int(begin) + np.arange(n)).reshape(shape)
             inside = inside & (i >= 0) & (i < self.shape[axis])
             at = at + i * self.strides[axis]
-        return np.where(inside, self.memory.data[np.where(inside, at, 0)], 0.0)
+        found = np.where(inside, self.memory.data[np.where(inside, at, 0)], 0.0)
+        return round_tf32(torch.from_numpy(found).float()).double().numpy() if self.rounds else found
 
 
 class Shared:

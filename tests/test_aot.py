@@ -33,9 +33,9 @@ KERNELS = {
     "direct": ("gather_direct", "weight_direct"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "shift": ("shift",),
-    "rounding": ("round_dense",),
+    "copies": ("round_dense", "arrange"),
 }
-HOPPER = {"shift"}
+HOPPER = {"shift", "arrange"}
 # Kernels that a target does not run: gradients are left to cuDNN alone.
 ELSEWHERE = {"sm_80": HOPPER, "sm_90": set(), "sm_100": HOPPER, "gfx942": HOPPER | {"round_dense"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Kernels for sm_80 also serve sm_86 and sm_89.
@@ -73,6 +73,8 @@ LAYERS = {
     "tiles-bf16-nhwc": (layer(64, 48, 2, (128, 128), 8, stride=2), BF16, LAST, True),
     "image-bf16-nhwc": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, LAST, True),
     "image-bf16-nchw": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, FIRST, True),
+    "copied-fp16-nchw": (layer(1024, 512, 2, (32, 32), 8, stride=2), FP16, FIRST, True),
+    "copied-tf32-nhwc": (layer(1024, 1024, 2, (48, 48), 1, stride=2), FP32, LAST, True),
     "odd-bf16-nhwc": (layer(66, 20, 3, (64, 64), 32, padding=1), BF16, LAST, True),
     "odd-tf32-nhwc": (layer(65, 17, 2, (64, 64), 32, stride=2), FP32, LAST, True),
     "speech-fp32": (layer(48, 8, 8, (64084,), 4, stride=4), FP32, FIRST, False),

@@ -28,12 +28,14 @@ def few_processors(monkeypatch):
 def kinds(g, dtype, c_in, c_out, columns):
     """By kind, all tiles of a layer: (tile, whether the input is channels_last, the output)."""
     found: dict = {}
-    by_copy, vector = ("bulk", 8) if dtype == "bf16" else ("staged", 4)
-    for source, how in (("width", "threads"), ("width", "staged"), ("channels", by_copy), ("channels", "threads")):
+    vector = 8 if dtype == "bf16" else 4
+    by_copy = {"bf16": ("bulk",), "tf32": ("staged", "bulk"), "tf32x3": ("staged",)}[dtype]
+    ways = [("width", "threads"), ("width", "staged"), ("channels", "threads"), *(("channels", how) for how in by_copy)]
+    for source, how in ways:
         for destination in ("width", "channels"):
             if g.ndim == 1 and destination == "channels":
                 continue
-            if (source, how) == ("channels", by_copy) and c_in % vector:
+            if source == "channels" and how != "threads" and c_in % vector:
                 continue
             vectors = [
                 gcd(c, vector) if each == "channels" else 1 for c, each in ((c_in, source), (c_out, destination))
@@ -46,20 +48,22 @@ def kinds(g, dtype, c_in, c_out, columns):
     return found
 
 
-def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None):
-    """The layer's output with this tile, and what it should be."""
+def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None, arranged=False):
+    """The layer's output with this tile, and what it should be.  arranged: of a copy of the input, which is dense then."""
     torch.manual_seed(seed)
     size = {1: (41,), 2: (7, 9), 3: (3, 5, 6)}[g.ndim]
     x, w, bias = torch.randn(2, c_in, *size), torch.randn(c_in, c_out, *g.kernel), torch.randn(c_out)
     x, w, bias = (t.to(DTYPES[dtype]) for t in (x, w, bias))
     y = torch.full((2, c_out, *g.output_size(size)), torch.nan, dtype=x.dtype)
-    if source_last:  # of a tensor of more channels, which are not to be read
+    if source_last and arranged:
+        x = x.contiguous(memory_format=LAST[g.ndim])
+    elif source_last:  # of a tensor of more channels, which are not to be read
         more = torch.cat((x, torch.full((2, 8, *size), torch.nan, dtype=x.dtype)), 1)
         x = more.movedim(1, -1).contiguous().movedim(-1, 1)[:, :c_in]
     y = y.contiguous(memory_format=LAST[g.ndim]) if destination_last else y
     precision = "half" if dtype == "bf16" else dtype
     noted = Emulated(x, w, bias, y, seed=seed, change=change)
-    launch.forward_shift(noted, Plan("shift", "", precision, tile), x, w, bias, y, g)
+    launch.forward_shift(noted, Plan("shift", "", precision, tile, arranged=arranged), x, w, bias, y, g)
     if dtype == "tf32":
         x, w = round_tf32(x), round_tf32(w)
     options = dict(stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation)
@@ -80,6 +84,24 @@ def test_the_kernel_makes_the_convolution(name, dtype):
         tile, *last = draw.choice([each for each in found[kind] if each[0].of_tile == smallest])
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=draw.randrange(1000))
         bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]  # of fp32's rounding of the result, or bf16's
+        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+
+
+@pytest.mark.parametrize("name", ("k4s2p1", "1d_k16s8", "3d_k3s2p1op1"))
+@pytest.mark.parametrize("dtype", ("tf32", "bf16"))
+@pytest.mark.parametrize("last", (False, True))
+def test_of_a_copy_of_the_input(name, dtype, last):
+    """Bulk copies of any number of channels and any width, from a copy with the channels innermost."""
+    g, c_in, c_out = GEOMETRIES[name], 37, 20
+    if last and g.ndim == 1:
+        pytest.skip("1-d has no channels_last")
+    found = kinds(g, dtype, 40, c_out, 12)
+    chosen = [kind for kind in found if kind[:2] == ("channels", "bulk") and kind[3:5] == ("halves", True)][:2]
+    assert chosen
+    for kind in chosen:
+        tile, _, destination_last = found[kind][0]
+        y, exact = run(g, dtype, tile, last, destination_last, c_in, c_out, seed=0, arranged=True)
+        bound = {"tf32": 1e-6, "bf16": 2**-8}[dtype]
         assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
 
 

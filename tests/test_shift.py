@@ -414,6 +414,28 @@ def test_loads_and_stores_of_channels_are_as_wide_as_they_may_be(dtype, c_in, c_
     assert (tile.how, tile.vector, tile.dst_vector, tile.dst_channels) == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "source", "vector", "dense", "release", "expected"),
+    (
+        (torch.bfloat16, "width", 16, True, (3, 6), ("bulk", True)),
+        (torch.bfloat16, "width", 16, False, (3, 6), ("threads", False)),  # a view: not copied, of which a part may be seen
+        (torch.bfloat16, "vectors", 16, True, (3, 6), ("bulk", False)),
+        (torch.float32, "width", 16, True, (3, 9), ("bulk", True)),
+        (torch.float32, "vectors", 16, True, (3, 6), ("bulk", True)),  # which cannot have bulk copies round
+        (torch.float32, "vectors", 16, True, (3, 7), ("bulk", False)),
+        (torch.float32, "vectors", 2, False, (3, 7), ("threads", False)),
+    ),
+)  # fmt: skip
+def test_what_is_read_often_is_copied_first(dtype, source, vector, dense, release, expected):
+    """Of many output channels, each tile of which reads the input again."""
+    sizes = geometry(2, 2, 2), 1, 1024, 1024, (48, 48)
+    problem = Problem("forward", *sizes, dtype, True, source, source, vector, dense=dense)
+    chosen = plan(problem, replace(TARGET, triton=release))
+    assert (chosen.config.how, chosen.arranged) == expected
+    few = replace(problem, c_out=64, input_size=(256, 256))
+    assert not plan(few, replace(TARGET, triton=release)).arranged
+
+
 def formats(ndim):
     return (torch.contiguous_format, *{2: [torch.channels_last], 3: [torch.channels_last_3d]}.get(ndim, []))
 
@@ -455,6 +477,25 @@ def test_on_the_gpu(case, precision, reserve):
         assert_no_worse(y, exact, peer, f"{x_format} {w_format}")
         assert all(torch.equal(y, function(*inputs, bias, **case.layer)) for _ in range(3))
         assert_no_worse(function(*inputs, **case.layer), exact - bias.double().view(-1, *(1,) * ndim), peer, "no bias")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("c_in", (1024, 1022))
+def test_tf32_is_rounded_to_nearest_even_however_it_comes(c_in):
+    """An identity for a weight shows the values that are multiplied."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    bits = torch.randint(-(2**31), 2**31, (1, c_in, 48, 48), device="cuda").int()
+    ties = torch.rand(bits.shape, device="cuda") < 0.5
+    x = torch.where(ties, bits & ~0x1FFF | 0x1000, bits).view(torch.float32)
+    x = torch.where(x.abs() < 1e30, x, 1.0)  # an infinity times a zero of the identity would be NaN
+    w = torch.zeros(c_in, 1024, 2, 2, device="cuda")
+    w.view(c_in, 1024, 4)[torch.arange(c_in), torch.arange(c_in)] = 1
+    expected = round_tf32(x.cpu()).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = tconv.conv_transpose2d(x.contiguous(memory_format=memory_format), w, stride=2).cpu()
+        assert torch.equal(y[:, :c_in], expected), memory_format
+        assert not y[:, c_in:].any()
 
 
 @pytest.mark.gpu
