@@ -355,7 +355,7 @@ def backward_bias(grad_output) -> torch.Tensor:
     return noted.keep(key)
 
 
-UNFOLDED = (0,) * 8  # what kernels.pack asks about folded phases
+UNFOLDED = (0,) * 11  # what kernels.pack asks about folded phases
 
 
 def pack(
@@ -394,12 +394,13 @@ def pack(
 def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) -> torch.Tensor:
     """The weight as a shift tile with folded phases takes it: [taps and offsets, rows of M, input channel]."""
     (c_in, c_out), (w_i, w_o, *taps), fold = weight.shape[:2], strides5(weight), tile.fold
-    (low0, count0), (low1, count1) = (*zip(fold.low, fold.count), (0, 0))[:2]
-    axis = geometry.axes3[2]
+    axis, entries = geometry.axes3[2], sum(fold.count)
+    places = [(first, sum(fold.count[:g]) - low) for g, (first, low) in enumerate(zip(fold.first, fold.low))]
+    places += [(axis.stride, 0)] * (shift.MOST_ACCUMULATORS - len(places))  # no phase is that far
     return pack(
         noted, weight, (0, w_i, w_o), taps, 1, c_in, c_out, shift.M, tile.kb, PARTS.get(tile.dtype, 0),
-        count0 + count1, fold.phases,
-        (axis.stride, axis.padding, axis.dilation, low0, count0, low1, count1, fold.many[0]),
+        entries, fold.phases,
+        (axis.stride, axis.padding, axis.dilation, entries, *[value for place in places for value in place][1:]),
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ LONG = 9  # taps along height and width, from which on half the code is worth ha
 MOST_PHASES = 8  # along the height that have code of their own
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
 MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
+MOST_ACCUMULATORS = 4  # of 64 pixels each
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Fold:
     accumulator has a block of weights for each input offset that its phases read, which must be the same for all."""
 
     phases: int  # rows of a channel in an accumulator, a power of two
-    accumulators: int  # 1 or 2
+    accumulators: int  # 1 to 4
     first: tuple[int, ...]
     many: tuple[int, ...]
     low: tuple[int, ...]  # of each accumulator, the first input offset and how many follow, where phases > 1
@@ -51,14 +52,24 @@ class Fold:
 
     @property
     def joined(self) -> int:
-        return self.phases * self.accumulators
+        """Rows of all accumulators side by side, for which a third one is padded to four."""
+        return self.phases * power_of_two(self.accumulators, 1, MOST_ACCUMULATORS)
 
 
 def fold(width: Axis, phases: int, accumulators: int) -> Fold:
     """The Fold of an axis; phases * accumulators must be at least its stride.  Two accumulators part where each can be
-    exact, if there is such a place: of k = 2 s, where the offsets change (stride - padding, in the easiest case)."""
+    exact, if there is such a place: of k = 2 s, where the offsets change (stride - padding, in the easiest case).  More part
+    wherever offsets change: of k = 2 s + 1, for the one phase of three taps and those before and behind it."""
     if accumulators == 1:
         return _parted(width, phases, (0,), (width.stride,))
+    if accumulators > 2:
+        first = [0]
+        for b in range(1, width.stride):
+            alike = [d for _, d in width.taps(b)] == [d for _, d in width.taps(first[-1])]
+            if not alike or b - first[-1] == phases:
+                first.append(b)
+        many = [end - begin for begin, end in zip(first, [*first[1:], width.stride])]
+        return _parted(width, phases, tuple(first), tuple(many))
     places = range(min(phases, width.stride), width.stride - min(phases, width.stride) - 1, -1)
     parted = [_parted(width, phases, (0, n), (n, width.stride - n)) for n in places]
     return next((each for each in parted if each.exact), parted[0])
@@ -85,7 +96,9 @@ def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
     halves = (whole // 2, 2)
     if whole < MOST_WIDTH_PHASES and not fold(width, *halves).exact:
         halves = whole, 2
-    return [halves] + [(whole, 1)] * (whole <= 8)
+    parts = [(phases, fold(width, phases, MOST_ACCUMULATORS).accumulators) for phases in (1, 2, 4, 8)]
+    fewest = [each for each in parts if 2 < each[1] <= MOST_ACCUMULATORS][:1]
+    return [halves] + [(whole, 1)] * (whole <= 8) + fewest
 
 
 HOW = {"bulk": "bulk copies", "staged": "bulk copies and threads", "threads": "threads"}
@@ -272,7 +285,7 @@ def make(
     parts = 2 if dtype == "tf32x3" else 1
     # Blocks of one tile.
     read_in = cdiv(c_in, kb) * prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in looped)
-    buffered = f.accumulators if dst_layout == "width" else 1
+    buffered = f.joined // f.phases if dst_layout == "width" else 1
     most = min(pixels, 16384 // (M * buffered * size))
     lows = [min((d for _, d in taps), default=0) for taps in by_h]
     if all_phases:
@@ -451,7 +464,6 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
     for folded, pixels in product(folds(width, c_out), (64, 128, 256)):
         for work, all_phases in ((whole, True), (whole, False), ("tiles", True)):
             fits = pixels * folded[1] <= 256 and (bulk or pixels <= 128) and (all_phases or height.stride > 1)
-            fits = fits and not (by_row and all_phases and height.stride > 1)
             if dtype == "tf32x3":  # a tap's sum has registers, too
                 fits = fits and pixels * (folded[1] + 1) <= 256
             # These spill accumulators, by the kilobyte.
@@ -459,11 +471,14 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
                 fits = fits and pixels * folded[1] <= 128
             if folded[0] > 1:
                 fits = fits and pixels <= 128
+            # Three or four accumulators are much code to store, so phases along the height do not have their own.
+            rows = by_row or (folded[1] > 2 and height.kernel % height.stride > 0)
+            fits = fits and not (rows and all_phases and height.stride > 1)
             # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.
             if fits and (work == whole or bulk or size == 4):
                 for kb, box in product(depths, sorted(boxes)):
                     if box <= pixels * (2 if work == whole else 1):
-                        yield box, pixels, kb, work, all_phases, by_row, folded, how
+                        yield box, pixels, kb, work, all_phases, rows, folded, how
 
 
 def refuse(geometry, c_in, large, precision, source, destination, target: Target) -> str:

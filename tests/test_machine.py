@@ -43,7 +43,16 @@ def kinds(g, dtype, c_in, c_out, columns):
             for each in shift.candidates(g.axes3, dtype, columns, c_in, c_out, how, 1):
                 tile = shift.make(g.axes3, dtype, c_in, c_out, *each, source, destination, *vectors, g.ndim == 3)
                 if tile:
-                    kind = source, how, destination, tile.work, tile.all_phases, tile.resident, tile.fold.phases
+                    kind = (
+                        source,
+                        how,
+                        destination,
+                        tile.work,
+                        tile.all_phases,
+                        tile.resident,
+                        tile.fold.phases,
+                        tile.fold.accumulators,
+                    )
                     found.setdefault(kind, []).append((tile, source == "channels", destination == "channels"))
     return found
 
@@ -87,6 +96,20 @@ def test_the_kernel_makes_the_convolution(name, dtype):
         assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
 
 
+@pytest.mark.parametrize("name", ("1d_k11s5p3", "1d_k7s3p2", "1d_k5s4", "k3x9s1x4p1", "k6s3p2", "k5s3p1"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_three_and_four_accumulators(name, dtype):
+    g, c_in, c_out = GEOMETRIES[name], 37, 40
+    found = kinds(g, dtype, c_in, c_out, 12)
+    chosen = {kind[:3]: kind for kind in found if kind[-1] > 2}
+    assert chosen or (dtype == "tf32x3" and g.stride[-1] == 4)  # no registers for a tap's sum beside four
+    for kind in chosen.values():
+        tile, *last = found[kind][0]
+        y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=1)
+        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]
+        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+
+
 @pytest.mark.parametrize("name", ("k4s2p1", "1d_k16s8", "3d_k3s2p1op1"))
 @pytest.mark.parametrize("dtype", ("tf32", "bf16"))
 @pytest.mark.parametrize("last", (False, True))
@@ -122,7 +145,7 @@ def test_what_a_gpu_would_punish_is_found(name):
     """Each of these changes to the kernel, in one of a few orders of events."""
     g = GEOMETRIES["k4s2p1"]
     found = kinds(g, "tf32", 70, 5, 12)
-    tile, *last = found["width", "threads", "width", "halves", False, False, 1][0]
+    tile, *last = found["width", "threads", "width", "halves", False, False, 1, 2][0]
     run(g, "tf32", tile, *last, 70, 5, seed=0)
     with pytest.raises(AssertionError):
         for seed in range(5):

@@ -109,7 +109,7 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                     ow = (tile_w * tile.useful + column) * tile.stride_w + b
                     if ow < output[2]:
                         acc = sums.get(a)
-                        accumulator = f.accumulators - 1 if b >= f.first[-1] else 0
+                        accumulator = sum(first <= b for first in f.first) - 1
                         rows = slice(b - f.first[accumulator], None, f.phases)
                         y[n, :, od, oh, ow] = 0 if acc is None else acc[accumulator, rows, p]
                         written[n, :, od, oh, ow] += 1
@@ -138,6 +138,11 @@ GEOMETRIES = {
     "1d_k14s7": geometry(1, 14, 7, 0, 1),
     "1d_k14s7p4": geometry(1, 14, 7, 4, 1),
     "1d_k12s6p1": geometry(1, 12, 6, 1),
+    "1d_k11s5p3": geometry(1, 11, 5, 3),
+    "1d_k7s3p2": geometry(1, 7, 3, 2),
+    "k5s3p1": geometry(2, 5, 3, 1),
+    "1d_k5s4": geometry(1, 5, 4, 0, 1),
+    "k3x9s1x4p1": geometry(2, (3, 9), (1, 4), (0, 1)),
     "k6s3p2": geometry(2, 6, 3, 2, 1),
     "3d_k3s2p1op1": geometry(3, 3, 2, 1, 1),
     "3d_k1x3x3": geometry(3, (1, 3, 3), (1, 2, 1), (0, 1, 1)),
@@ -170,7 +175,7 @@ def test_tiles_make_the_convolution(name, dtype):
             # One tile of each kind: the CPU carries them out pixel by pixel.
             if tile is None:
                 continue
-            kind = source, how, tile.work, tile.all_phases, tile.by_row, tile.fold.phases
+            kind = source, how, tile.work, tile.all_phases, tile.by_row, tile.fold.phases, tile.fold.accumulators
             if kind in kinds:
                 continue
             kinds.add(kind)
@@ -181,25 +186,31 @@ def test_tiles_make_the_convolution(name, dtype):
 
 def test_folded_phases_read_the_same_inputs():
     """A zero weight would make an infinity that a phase does not read a NaN in it."""
-    for ndim, kernel, stride, padding, exact in (
-        (1, 16, 8, 4, True),
-        (1, 8, 4, 2, True),
-        (1, 6, 3, 0, True),
-        (1, 6, 3, 2, True),
-        (1, 14, 7, 4, True),
-        (1, 12, 6, 1, True),
-        (1, 20, 10, 1, False),
-        (1, 7, 3, 2, False),
+    for kernel, stride, padding, dilation, exact in (
+        (16, 8, 4, 1, True),
+        (8, 4, 2, 1, True),
+        (6, 3, 0, 1, True),
+        (6, 3, 2, 1, True),
+        (14, 7, 4, 1, True),
+        (12, 6, 1, 1, True),
+        (20, 10, 1, 1, True),
+        (7, 3, 2, 1, True),
+        (11, 5, 3, 1, True),
+        (3, 5, 1, 2, False),
+        (5, 7, 0, 3, False),
     ):
-        axes = geometry(ndim, kernel, stride, padding).axes3
+        axes = geometry(1, kernel, stride, padding, 0, dilation).axes3
         candidates = list(shift.candidates(axes, "bf16", 400, 64, 64, "threads", 1))
         tiles = [shift.make(axes, "bf16", 64, 64, *each, "width", "width", 1, 1, False) for each in candidates]
-        assert any(tiles) == exact, (kernel, stride, padding)
+        assert any(tiles) == exact, (kernel, stride, padding, dilation)
 
 
 @pytest.mark.parametrize("format", ("contiguous", "channels_last", "strided"))
 @pytest.mark.parametrize("dtype", ("tf32", "tf32x3"))
-@pytest.mark.parametrize("name", ("k5s5op2", "k6s3p3op2", "1d_k16s8", "1d_k14s7", "1d_k14s7p4", "1d_k12s6p1", "k6s3p2"))
+@pytest.mark.parametrize(
+    "name",
+    ("k5s5op2", "k6s3p3op2", "1d_k16s8", "1d_k14s7", "1d_k14s7p4", "1d_k12s6p1", "1d_k11s5p3", "k3x9s1x4p1", "k6s3p2"),
+)
 def test_packed_weights_of_folded_phases(name, dtype, format, device):
     """The kernel that packs them against the definition, for several tiles of output channels and ragged ones."""
     g = GEOMETRIES[name]

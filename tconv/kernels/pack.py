@@ -9,20 +9,20 @@ from .common import round_tf32, split_tf32
 @triton.jit(
     do_not_specialize=(
         "c_src c_dst taps kh kw w_g w_s w_t w_d w_h w_w width height rows stride padding dilation "
-        "low0 count0 low1 count1 many0"
+        "entries base0 first1 base1 first2 base2 first3 base3"
     ).split()
 )
 def pack_weight(
     weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w, width, height, rows,
-    stride, padding, dilation, low0, count0, low1, count1, many0,
+    stride, padding, dilation, entries, base0, first1, base1, first2, base2, first3, base3,
     PHASES: tl.constexpr, PARTS: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """packed[part, group, tap, c_dst, c_src], c_dst and c_src zero-padded to `height` and `width`, a multiple of 16; fp32 as
     PARTS TF32 values (0: as it is, one part), of which each has so many `rows`.
 
-    With PHASES > 1, which has one group: packed[part, tap of depth and height, offset along the width, c_dst and phase,
-    c_src].  tconv.shift.Fold says which offsets; row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel
+    With PHASES > 1, which has one group: packed[part, tap of depth and height, one of `entries` offsets along the width, c_dst
+    and phase, c_src].  Accumulator g of tconv.shift.Fold has the phases from first<g> on, and offset d at base<g> + d; row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel
     c.  What a row holds that has no such phase is left open: its output does not exist.
 
     w_g, w_s, w_t: the weight's strides along group, source channel and destination channel; w_d, w_h, w_w: of taps.
@@ -75,10 +75,15 @@ def pack_weight(
         reach = dilation * (t % kw) - padding
         phase = (reach % stride + stride) % stride
         offset = (phase - reach) // stride  # which divides it
-        second = phase >= many0
-        entry = tl.where(second, count0 + offset - low1, offset - low0)
-        row = (t // kw * (count0 + count1) + entry) * (height // CHANNELS) + co // CHANNELS
-        row = row * 64 + co % CHANNELS * PHASES + tl.where(second, phase - many0, phase)
+        # The first phase of its accumulator, and the block of weights of offset 0.
+        first = tl.where(
+            phase >= first3, first3, tl.where(phase >= first2, first2, tl.where(phase >= first1, first1, 0))
+        )
+        base = tl.where(
+            phase >= first3, base3, tl.where(phase >= first2, base2, tl.where(phase >= first1, base1, base0))
+        )
+        row = (t // kw * entries + base + offset) * (height // CHANNELS) + co // CHANNELS
+        row = row * 64 + co % CHANNELS * PHASES + phase - first
     else:
         row = (group * taps + t) * height + co
     out = packed + row.to(tl.int64)[:, None] * width + cs[None, :]

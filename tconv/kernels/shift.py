@@ -513,14 +513,15 @@ def _where(row, q, phase_d, sizes, p: gl.constexpr):
 
 @gluon.jit
 def _phase_of(row, p: gl.constexpr):
-    """The phase along the width in a row of both accumulators' rows of a channel, and whether there is one."""
+    """The phase along the width in a row of all accumulators' rows of a channel, and whether there is one."""
     F: gl.constexpr = p.fold.phases
-    if p.fold.accumulators == 1:
-        return row, row < p.fold.many[0]
-    else:
-        second = row >= F
-        b = gl.where(second, row - F + p.fold.first[1], row)
-        return b, gl.where(second, row - F < p.fold.many[1], row < p.fold.many[0])
+    b = row
+    there = row < p.fold.many[0]
+    for g in gl.static_range(1, gl.constexpr(p.fold.accumulators)):
+        further = row >= g * F
+        b = gl.where(further, row - g * F + p.fold.first[g], b)
+        there = gl.where(further, row - g * F < p.fold.many[g], there)
+    return b, there
 
 
 @gluon.jit
@@ -576,52 +577,65 @@ def _store_channels(
 
 
 @gluon.jit
-def _store(v0, v1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.constexpr, p: gl.constexpr):
+def _repeated(v, MANY: gl.constexpr):
+    if MANY == 1:
+        return (v,)
+    else:
+        return _repeated(v, MANY - 1) + (v,)
+
+
+@gluon.jit
+def _put_at(accs, G: gl.constexpr, acc):
+    return accs[:G] + (acc,) + accs[G + 1 :]
+
+
+@gluon.jit
+def _store(accs, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.constexpr, p: gl.constexpr):
     """Write the accumulators, halved until a chunk fits the buffer."""
     F: gl.constexpr = p.fold.phases
-    if v0.type.shape[1] > p.chunk:
-        half: gl.constexpr = v0.type.shape[1] // (2 * p.groups)
-        a0, b0 = _half(v0, p)
-        if p.fold.accumulators == 2:
-            a1, b1 = _half(v1, p)
-        else:
-            a1 = a0
-            b1 = b0
-        _store(a0, a1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, p)
-        _store(b0, b1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST + half, p)
+    A: gl.constexpr = p.fold.accumulators
+    if accs[0].type.shape[1] > p.chunk:
+        half: gl.constexpr = accs[0].type.shape[1] // (2 * p.groups)
+        before = accs
+        behind = accs
+        for g in gl.static_range(A):
+            a, b = _half(accs[g], p)
+            before = _put_at(before, g, a)
+            behind = _put_at(behind, g, b)
+        _store(before, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, p)
+        _store(behind, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST + half, p)
     else:
-        v0 = v0.to(_element(p))
-        v1 = v1.to(_element(p))
+        for g in gl.static_range(A):
+            accs = _put_at(accs, g, accs[g].to(_element(p)))
         if p.dst_layout == "channels":
-            _store_channels(v0, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, 0, p)
-            if p.fold.accumulators == 2:
-                _store_channels(v1, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, 1, p)
+            for g in gl.static_range(A):
+                _store_channels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, g, p)
         else:
-            if p.fold.accumulators == 2:
-                v = gl.join(v0, v1)
-                if F > 1:
-                    v = v.reshape([p.fold.channels, F, p.chunk, 2]).permute((0, 2, 3, 1))
-                v = v.reshape([p.fold.channels, p.chunk * p.joined])
-            elif F > 1:
-                v = v0.reshape([p.fold.channels, F, p.chunk]).permute((0, 2, 1))
-                v = v.reshape([p.fold.channels, p.chunk * F])
-            else:
-                v = v0
+            v = accs[0]
+            if A == 2:
+                v = gl.join(accs[0], accs[1])
+            elif A > 2:  # the last twice, where there are three
+                v = gl.join(gl.join(accs[0], accs[1]), gl.join(accs[2], accs[A - 1])).permute((0, 1, 3, 2))
+            if F > 1:
+                if A > 1:
+                    v = v.reshape([p.fold.channels, F, p.chunk, p.joined // F]).permute((0, 2, 3, 1))
+                else:
+                    v = v.reshape([p.fold.channels, F, p.chunk]).permute((0, 2, 1))
+            v = v.reshape([p.fold.channels, p.chunk * p.joined])
             _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, p)
 
 
 @gluon.jit
-def _wait(acc0, acc1, OUTSTANDING: gl.constexpr, p: gl.constexpr):
-    if p.fold.accumulators == 2:
-        acc0, acc1 = warpgroup_mma_wait(OUTSTANDING, deps=(acc0, acc1))
+def _wait(accs, OUTSTANDING: gl.constexpr, p: gl.constexpr):
+    if p.fold.accumulators == 1:
+        return (warpgroup_mma_wait(OUTSTANDING, deps=accs),)
     else:
-        acc0 = warpgroup_mma_wait(OUTSTANDING, deps=(acc0,))
-    return acc0, acc1
+        return warpgroup_mma_wait(OUTSTANDING, deps=accs)
 
 
 @gluon.jit
 def _taps(
-    acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks,
+    accs, weights, w_full, w_empty, ring, s, j, slot0, blocks,
     START: gl.constexpr, A: gl.constexpr, p: gl.constexpr,
 ):  # fmt: skip
     """Add the products of one block of channels and its taps.  Resident weights are at slot0 and so many blocks further
@@ -633,25 +647,23 @@ def _taps(
             slot = j % p.slots
             mbarrier.wait(w_full.index(slot), j // p.slots & 1)
         operand = _view(ring, s, START + p.taps[A][k][2], p)
-        if p.taps[A][k][0] == 0:
-            acc0 = warpgroup_mma(weights.index(slot), operand, acc0, is_async=True)
-        else:
-            acc1 = warpgroup_mma(weights.index(slot), operand, acc1, is_async=True)
+        acc = warpgroup_mma(weights.index(slot), operand, accs[p.taps[A][k][0]], is_async=True)
+        accs = _put_at(accs, p.taps[A][k][0], acc)
         if not p.resident:
             if k > 0:
-                acc0, acc1 = _wait(acc0, acc1, 1, p)
+                accs = _wait(accs, 1, p)
                 mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
             j += 1
     if len(p.taps[A]) > 0:
-        acc0, acc1 = _wait(acc0, acc1, 0, p)
+        accs = _wait(accs, 0, p)
         if not p.resident:
             mbarrier.arrive(w_empty.index((j - 1) % p.slots), count=1)
-    return acc0, acc1, j
+    return accs, j
 
 
 @gluon.jit
 def _taps_in_parts(
-    acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks,
+    accs, weights, w_full, w_empty, ring, s, j, slot0, blocks,
     START: gl.constexpr, A: gl.constexpr, p: gl.constexpr,
 ):  # fmt: skip
     """As _taps, of operands in two parts: three products, without that of the second parts.  The tensor core truncates as it
@@ -671,17 +683,14 @@ def _taps_in_parts(
             s += _opaque_zero(s)
             x_high = _view(ring, s, START + p.taps[A][k][2], p)
             x_low = _view(ring, s, START + p.part + p.taps[A][k][2], p)
-            sum = warpgroup_mma(weights.index(low), x_high, acc0, use_acc=False, is_async=True)
+            sum = warpgroup_mma(weights.index(low), x_high, accs[0], use_acc=False, is_async=True)
             sum = warpgroup_mma(weights.index(high), x_low, sum, is_async=True)
             sum = warpgroup_mma(weights.index(high), x_high, sum, is_async=True)
             sum = warpgroup_mma_wait(0, deps=(sum,))
             if not p.resident:
                 mbarrier.arrive(w_empty.index(slot), count=1)
-            if p.taps[A][k][0] == 0:
-                acc0 += sum
-            else:
-                acc1 += sum
-    return acc0, acc1, j + len(p.taps[A])
+            accs = _put_at(accs, p.taps[A][k][0], accs[p.taps[A][k][0]] + sum)
+    return accs, j + len(p.taps[A])
 
 
 @gluon.jit
@@ -695,8 +704,7 @@ def _phase(
     layout: gl.constexpr = _accumulator(p)
     PIXELS: gl.constexpr = p.pixels
     START: gl.constexpr = CONSUMER * p.pixels if p.work == "halves" else 0  # this consumer's pixels in the tile
-    acc0 = gl.zeros([M, PIXELS], gl.float32, layout)
-    acc1 = acc0
+    accs = _repeated(gl.zeros([M, PIXELS], gl.float32, layout), gl.constexpr(p.fold.accumulators))
     readings = _readings(phase, phase_d, blocks, p)
     for b in range(0, readings[0]):
         z = _opaque_zero(b)
@@ -705,20 +713,18 @@ def _phase(
         slot0 = base * blocks + kb + z
         mbarrier.wait(x_full.index(s), (i + b) // p.stages & 1)
         if p.parts == 2:
-            acc0, acc1, j = _taps_in_parts(
-                acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks, START, A, p
-            )  # fmt: skip
+            accs, j = _taps_in_parts(accs, weights, w_full, w_empty, ring, s, j, slot0, blocks, START, A, p)
         else:
-            acc0, acc1, j = _taps(acc0, acc1, weights, w_full, w_empty, ring, s, j, slot0, blocks, START, A, p)
+            accs, j = _taps(accs, weights, w_full, w_empty, ring, s, j, slot0, blocks, START, A, p)
         if p.all_phases:  # the last of them
             mbarrier.arrive(x_empty.index(s), count=1, pred=phase == p.height.stride - 1)
         else:
             mbarrier.arrive(x_empty.index(s), count=1)
     c = co + gl.arange(0, M, layout=gl.SliceLayout(1, layout)) // p.fold.phases
     bias_of_row = gl.load(bias + c, mask=(c < c_out) & (has_bias != 0), other=0.0).to(gl.float32)[:, None]
-    acc0 += bias_of_row
-    acc1 += bias_of_row
-    _store(acc0, acc1, buffer, y, sizes, phase, tile_w, row, phase_d, co, START, p)
+    for g in gl.static_range(gl.constexpr(p.fold.accumulators)):
+        accs = _put_at(accs, g, accs[g] + bias_of_row)
+    _store(accs, buffer, y, sizes, phase, tile_w, row, phase_d, co, START, p)
     return j
 
 
