@@ -53,10 +53,12 @@ benchmarks/results/core-gradients.json: FORCE
 	$(BENCH) --suite core --precision tf32 bf16 --pass $(GRADIENTS) --output $@
 FORCE:
 
-# The published tables and charts, from the published results; a case that several hold comes from the first.
+# The published tables and charts, from the published results; a case that several hold comes from the first.  And the
+# drawing of the shift kernel, from its code.
 report: $(VENV)/.installed
 	$(BIN)/python -m tconv.bench report $(RESULTS) --summary --into README.md
 	$(BIN)/python -m tconv.bench report $(RESULTS) --plots docs/figures --into docs/benchmarks.md
+	$(BIN)/python docs/figures/shift.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
