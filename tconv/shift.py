@@ -22,13 +22,14 @@ ROUNDING_TRITON = 3, 7  # from this release on, a bulk copy can round fp32 to TF
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
 MOST_IEEE_TAPS = 25  # along height and width, in IEEE fp32: cuDNN's algorithms for larger kernels add less often
 MOST_ADDITIONS = 100  # in IEEE fp32, of sums of 16 channels; of 32 channels they are half as many
-MOST_WIDTH = 32  # taps along the width, which are always unrolled
+MOST_WIDTH = 32  # blocks of weights along the width, which are always unrolled
 MOST_STRIDE = 256  # along the height: the phases are looked through for each tile that is tried
 LONG = 9  # taps along height and width, from which on half the code is worth having
 MOST_PHASES = 8  # along the height that have code of their own
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
-MOST_WIDTH_PHASES = 16  # two accumulators of eight folded phases
 MOST_ACCUMULATORS = 4  # of 64 pixels each
+MOST_WIDTH_PHASES = MOST_ACCUMULATORS * M  # of one channel
+MOST_SPANS = 8  # strides that a kernel beyond MOST_WIDTH may be long: offsets of an accumulator
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,12 @@ def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
         return [(1, 2), (2, 1)] if c_out <= M // 2 else [(1, 2)]
     whole = power_of_two(width.stride, 4, MOST_WIDTH_PHASES)
     halves = (whole // 2, 2)
-    if whole < MOST_WIDTH_PHASES and not fold(width, *halves).exact:
+    if whole <= 8 and not fold(width, *halves).exact:
         halves = whole, 2
-    parts = [(phases, fold(width, phases, MOST_ACCUMULATORS).accumulators) for phases in (1, 2, 4, 8)]
+    parts = [(1 << i, fold(width, 1 << i, MOST_ACCUMULATORS).accumulators) for i in range(M.bit_length())]
     fewest = [each for each in parts if 2 < each[1] <= MOST_ACCUMULATORS][:1]
-    return [halves] + [(whole, 1)] * (whole <= 8) + fewest
+    one = [(whole, 1)] * (whole <= 8 or 16 < whole <= M)
+    return [halves] * (halves[0] <= M) + one + fewest
 
 
 HOW = {"bulk": "bulk copies", "staged": "bulk copies and threads", "threads": "threads"}
@@ -250,6 +252,8 @@ def make(
         # and make an infinity in it a NaN in an output that it does not reach.
         if not f.exact:
             return None
+    if len(across) > MOST_WIDTH:
+        return None
     columns = [d for _, _, d in across]
     low_w, high_w = min(columns, default=0), max(columns, default=0)
     staged = how == "staged"
@@ -278,8 +282,8 @@ def make(
     useful -= useful % step
     if not rows or useful < 1 or box % align:
         return None
-    if dst_layout == "channels" and f.channels * size < 32:
-        return None  # the least that a buffer's swizzle takes
+    if dst_layout == "channels" and (f.channels * size < 32 or width.stride > 16):
+        return None  # the least that a buffer's swizzle takes; and of many phases a thread would have too many pixels to find
     block = M * kb * size
     whole = depth.kernel * height.kernel * blocks_w
     parts = 2 if dtype == "tf32x3" else 1
@@ -453,7 +457,7 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
     wide = power_of_two(c_in, 16, 128 // size)
     additions = cdiv(c_in, 16) * prod(cdiv(axis.kernel, axis.stride) for axis in axes)
     depths = sorted({wide, 16}) if dtype == "tf32x3" and additions <= MOST_ADDITIONS else [wide]
-    code = height.kernel * width.kernel * (2 if dtype == "tf32x3" else 1)
+    code = height.kernel * min(width.kernel, MOST_WIDTH) * (2 if dtype == "tf32x3" else 1)
     by_row = code > MOST_TAPS or height.stride > MOST_PHASES
     # Without strides a tile stores once after many taps, and little is lost where nobody stores while others multiply.
     long = height.stride == width.stride == 1 and height.kernel * width.kernel >= LONG
@@ -471,6 +475,9 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
                 fits = fits and pixels * folded[1] <= 128
             if folded[0] > 1:
                 fits = fits and pixels <= 128
+            # Four, and the store of many phases with gaps among them, need the registers that there are where no threads
+            # bring the input.
+            fits = fits and (bulk or (folded[1] < 4 and (folded[0] <= 8 or prod(folded) == width.stride)))
             # Three or four accumulators are much code to store, so phases along the height do not have their own.
             rows = by_row or (folded[1] > 2 and height.kernel % height.stride > 0)
             fits = fits and not (rows and all_phases and height.stride > 1)
@@ -503,7 +510,10 @@ def refuse(geometry, c_in, large, precision, source, destination, target: Target
         ),
         (height.stride > MOST_STRIDE, f"the shift kernel has strides up to {MOST_STRIDE} along the height"),
         (width.stride > MOST_WIDTH_PHASES, f"the shift kernel has strides up to {MOST_WIDTH_PHASES} along the width"),
-        (width.kernel > MOST_WIDTH, f"the shift kernel has up to {MOST_WIDTH} taps along the width"),
+        (
+            width.kernel > max(MOST_WIDTH, MOST_SPANS * width.stride if width.stride > 16 else 0),
+            f"the shift kernel has up to {MOST_WIDTH} taps along the width, or {MOST_SPANS} strides above 16",
+        ),
         (large, "the shift kernel has 32-bit offsets"),
         (c_in < 16, "few input channels"),
         ("strided" in (source, destination), "of the tensors' strides"),

@@ -80,6 +80,14 @@ def _store_layout(p):
     return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [down, warps // down], [1, 0])
 
 
+@triton.constexpr_function
+def _pixel_buffer(p):
+    """Of the output's chunks along the pixels; rows are swizzled by the eight."""
+    if p.fold.channels < 8:
+        return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return _swizzled(p.chunk * p.joined, p.size)
+
+
 @gluon.jit
 def _rows(ring, row, PIXELS: gl.constexpr, p: gl.constexpr):
     """PIXELS rows of the input ring from `row` on (a multiple of PIXELS), to be written."""
@@ -819,7 +827,7 @@ def shift(
         )
     else:
         buffers = gl.allocate_shared_memory(
-            _element(p), [p.consumers, p.fold.channels, p.chunk * p.joined], _swizzled(p.chunk * p.joined, p.size)
+            _element(p), [p.consumers, p.fold.channels, p.chunk * p.joined], _pixel_buffer(p)
         )
     # All before the first barrier is initialised: what is allocated later may share the memory of a buffer that is not
     # used any more, and a bulk copy into the place of a barrier goes wrong.
