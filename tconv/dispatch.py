@@ -305,8 +305,8 @@ def _shift(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan |
     )  # fmt: skip
     if not chosen:
         return None, "none of the shift kernel's tiles fits or fills the GPU"
-    tile, arranged = chosen
-    return Plan("shift", why, how, tile, arranged=arranged), ""
+    tile, arranged, splits = chosen
+    return Plan("shift", why, how, tile, splits, arranged=arranged), ""
 
 
 @lru_cache(maxsize=8192)

@@ -516,7 +516,8 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     x_n, x_c, x_d, x_h, x_w = strides5(source.movedim(-1, 1) if chosen.arranged else source)
     y_n, y_c, y_d, y_h, y_w = strides5(output)
     w_i, w_o, *w_taps = strides5(weight)
-    walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, target_of(input.device).processors)
+    splits, processors = chosen.splits, target_of(input.device).processors
+    walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, processors, splits)
     if tile.fold.phases > 1:
         packed = pack_folded(noted, weight, geometry, tile)
     else:
@@ -536,17 +537,20 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         # Of fp32 that no thread has rounded, the copies do: as Triton 3.7 and later can ask for.
         rounding = ("zero", True) if tile.rounds and not chosen.arranged else ()
         x = Described(source, (shape, strides, box, x_layout, *rounding))
+    to = output if splits == 1 else _partial_sums(noted, output, splits)
     noted.launch(
-        kernels.shift, walked.grid,
+        kernels.shift, walked.grid if splits == 1 else (walked.grid, splits),
         x, Described(packed, ([taps * height, width], [width, 1], [shift.M, tile.kb], w_layout)),
-        output if bias is None else bias, output,
+        output if bias is None else bias, to,
         walked.tiles_co, walked.tiles_w, walked.image, walked.blocks, walked.tiles,
         batch, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, bias is not None,
-        walked.planes, d_in, x_d, d_out, y_d,
+        walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(),
         tile,
         num_warps=4 * tile.groups,
     )  # fmt: skip
+    if splits > 1:
+        _sum_splits(noted, to, output)
 
 
 def gather(
@@ -603,16 +607,24 @@ def gather(
     )
     constants |= dict(EVEN_C=c_src % config.block_k == 0, PRECISION=chosen.precision, BLOCK_K=config.block_k)
     splits, count, to = chosen.splits, 0, destination
-    if splits > 1:  # each writes a whole result
-        count = destination.numel()
-        to = noted.workspace((splits, count), of_partials(source.dtype), source)
+    if splits > 1:
+        count, to = destination.numel(), _partial_sums(noted, destination, splits)
     grid = tiles * (packed.shape[1] // config.block_n) * g * splits
     noted.launch(gather_gemm, grid, source, packed, bias, to, *scalars, splits, count, **constants)
     if splits > 1:
-        from .kernels.reduce import sum_splits
+        _sum_splits(noted, to, destination)
 
-        block = 1024
-        noted.launch(sum_splits, cdiv(count, block), to, destination, count, splits, BLOCK=block)
+
+def _partial_sums(noted: Record, result: torch.Tensor, splits: int) -> torch.Tensor:
+    """A workspace for so many whole results, as a gather in parts writes them: dense, in the result's order."""
+    return noted.workspace((splits, result.numel()), of_partials(result.dtype), result)
+
+
+def _sum_splits(noted: Record, partial: torch.Tensor, result: torch.Tensor) -> None:
+    from .kernels.reduce import sum_splits
+
+    (splits, count), block = partial.shape, 1024
+    noted.launch(sum_splits, cdiv(count, block), partial, result, count, splits, BLOCK=block)
 
 
 def _sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:

@@ -67,10 +67,11 @@ class Record:
         """An uninitialised tensor for the time of the call, on like's device."""
         return self._empty(size=size, dtype=dtype, device=like.device, memory_format=memory_format)
 
-    def launch(self, kernel, grid: int, *args, **constants) -> None:
+    def launch(self, kernel, grid: int | tuple[int, int], *args, **constants) -> None:
         """Launch `kernel` on `grid` programs.  Tensors among the arguments are the call's or were allocated here."""
+        grid = (grid, 1) if isinstance(grid, int) else grid
         real = [_described(*a) if isinstance(a, Described) else a for a in args]
-        compiled = kernel[(grid,)](*real, **constants, **FUSED)
+        compiled = kernel[grid](*real, **constants, **FUSED)
         if not hasattr(compiled, "__getitem__"):  # the interpreter compiles nothing
             self._complete = False
             return
@@ -82,7 +83,7 @@ class Record:
             if isinstance(base, torch.Tensor):
                 places.append((i, next(n for n, t in enumerate(self._known) if t is base), facts))
                 values[i] = None  # a record keeps no tensor alive
-        self._steps.append((compiled[(grid, 1, 1)], values, places))
+        self._steps.append((compiled[(grid[0], grid[1], 1)], values, places))
 
     def keep(self, key: tuple) -> torch.Tensor:
         """Let `find` find this, if it can be repeated; returns the result."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import product
 from math import gcd, prod
 
-from .configs import Target, cdiv, power_of_two
+from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
 from .geometry import Axis, sizes3
 
 SHARED = 232448 - 2048  # bytes of shared memory a block may have on sm_90, less the barriers
@@ -29,6 +29,7 @@ MOST_PHASES = 8  # along the height that have code of their own
 MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels.shift._split divides these
 MOST_ACCUMULATORS = 4  # of 64 pixels each
 MOST_WIDTH_PHASES = MOST_ACCUMULATORS * M  # of one channel
+MOST_PARTS = 16  # of the sums over channels
 MOST_SPANS = 8  # strides that a kernel beyond MOST_WIDTH may be long: offsets of an accumulator
 
 
@@ -161,6 +162,7 @@ class Shift:
     staging: int  # chunks of `bring` pixels that bulk copies bring ahead of the threads
     registers: tuple[int, int]  # a thread, of the second consumer and of who brings the input
     producers: int  # warps
+    partial: bool  # whether a tile sums some of the channels alone, in fp32
 
     @property
     def groups(self) -> int:
@@ -186,6 +188,11 @@ class Shift:
     def joined(self) -> int:
         """Phases along the width that are interleaved before the store."""
         return self.fold.joined if self.dst_layout == "width" else self.fold.phases
+
+    @property
+    def dst_size(self) -> int:
+        """Bytes of an element of the output."""
+        return 4 if self.partial else self.size
 
     @property
     def rounds(self) -> bool:
@@ -230,10 +237,13 @@ def make(
     src_vector: int,
     dst_vector: int,
     volume: bool,
+    in_parts: bool = False,
 ) -> Shift | None:
     """The tile with `box` pixels a row and `pixels` of each group of four warps, or None where it does not fit."""
     depth, height, width = axes
     size = bytes_of(dtype)
+    dst_size = 4 if in_parts else size
+    dst_vector = gcd(dst_vector, 16 // dst_size)
     by_h = [height.taps(a) for a in range(height.stride)]
     by_w = [width.taps(b) for b in range(width.stride)]
     # `pixels` are four warps'; a consumer and a tile have as many, or twice.
@@ -282,7 +292,7 @@ def make(
     useful -= useful % step
     if not rows or useful < 1 or box % align:
         return None
-    if dst_layout == "channels" and (f.channels * size < 32 or width.stride > 16):
+    if dst_layout == "channels" and (f.channels * dst_size < 32 or width.stride > 16):
         return None  # the least that a buffer's swizzle takes; and of many phases a thread would have too many pixels to find
     block = M * kb * size
     whole = depth.kernel * height.kernel * blocks_w
@@ -290,7 +300,7 @@ def make(
     # Blocks of one tile.
     read_in = cdiv(c_in, kb) * prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in looped)
     buffered = f.joined // f.phases if dst_layout == "width" else 1
-    most = min(pixels, 16384 // (M * buffered * size))
+    most = min(pixels, 16384 // (M * buffered * dst_size))
     lows = [min((d for _, d in taps), default=0) for taps in by_h]
     if all_phases:
         lows = [min(lows)] * height.stride
@@ -319,9 +329,10 @@ def make(
     wanted = (2,) if not held else (2 * read_in,) if in_turn else (2 * read_in, read_in + 1)
     # All weights stay in shared memory where they fit.
     for least, resident, chunk in product(wanted, (True, False), (most, most // 2)):
-        if (resident and not all_phases) or (not resident and work == "tiles"):
-            continue  # a tile a phase streams its weights, a tile each does not
-        buffers = (2 * M * chunk * buffered + staging * bring * kb) * size
+        # A tile a phase and a tile of some channels stream their weights, a tile each does not.
+        if (resident and (in_parts or not all_phases)) or (not resident and work == "tiles"):
+            continue
+        buffers = 2 * M * chunk * buffered * dst_size + staging * bring * kb * size
         slots = whole * cdiv(c_in, kb)
         if not resident:
             slots = (8 if buffers + slack + least * stage + 8 * block <= SHARED else 4) // parts
@@ -348,7 +359,7 @@ def make(
         rows, halo_rows, box, useful, of_consumer, work, size, dtype, kb, stages, part,
         pitch, stages * pitch + slack // (kb * size), slots, resident, chunk * of_consumer // pixels,
         src_layout, dst_layout, how, src_vector, dst_vector, dst_channels, bring, staging, registers,
-        1 if how == "bulk" else 4,
+        1 if how == "bulk" else 4, in_parts,
     )  # fmt: skip
 
 
@@ -365,21 +376,23 @@ class Walk:
     grid: int
     processors: int
     width: int  # of the input
+    of_part: int  # blocks of channels that a part of the sums has
 
 
-def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors) -> Walk:
+def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors, parts: int = 1) -> Walk:
     """Planes (of a volume; otherwise images) are stacked along the height, so far apart that a tap never reaches from
-    one to the next.  Axes and sizes are those of depth, height and width."""
+    one to the next.  Axes and sizes are those of depth, height and width.  parts: those into which the channels are cut,
+    each with a grid of its own."""
     height = axes[1]
     planes, rows_out, columns_out = (cdiv(o, a.stride) for o, a in zip(output, axes))
     reach = [d for a in range(height.stride) for _, d in height.taps(a)]
     image = max(rows_out, size[1] - min(0, *tile.low), rows_out + max(0, *reach))
     blocks, tiles_co, tiles_w = cdiv(c_in, tile.kb), cdiv(c_out, tile.fold.channels), cdiv(columns_out, tile.useful)
     tiles = tiles_co * len(tile.low) * tile.depth.stride * tiles_w * cdiv(batch * planes * image, tile.rows)
-    grid = min(tiles, processors)
+    grid = min(tiles, max(1, processors // parts))
     if tile.resident:  # a CTA keeps the weights of one channel tile
         grid = max(tiles_co, grid // tiles_co * tiles_co)
-    return Walk(image, planes, blocks, tiles_co, tiles_w, tiles, grid, processors, size[2])
+    return Walk(image, planes, blocks, tiles_co, tiles_w, tiles, grid, processors, size[2], cdiv(blocks, parts))
 
 
 # What one SM of an H200 does in a cycle, for comparing tiles with each other: fitted to the times of 604 tiles of 17
@@ -400,9 +413,10 @@ OVERLAP = 0.3  # of the second longest of what runs side by side adds to the lon
 TILE = 2000  # cycles of a tile beside everything else
 HALF_THE_CODE = 0.9  # a tile with half the code to compile may take so much longer
 MEMORY = 12.5  # bytes of the GPU's memory
-# A copy of the input before the kernel: cycles of a launch, the share of MEMORY that it reaches (that of 16-bit pixels by
-# single loads second), what it must promise at least for as large a workspace, and the largest one in elements.
-LAUNCH, COPIED, WORTH, MOST_COPIED = 4000, (0.75, 0.4), 0.85, 1 << 28
+# A copy of the input before the kernel, and the addition of partial sums behind it: cycles of a launch; the share of MEMORY
+# that a copy reaches (that of 16-bit pixels by single loads second) and its most elements; bytes of sums added; and the
+# share of the time that must be left for either to be worth its workspace.
+LAUNCH, COPIED, MOST_COPIED, ADDED, WORTH = 4000, (0.75, 0.4), 1 << 28, 15, 0.85
 
 
 def cycles(tile: Shift, walked: Walk, moved: int) -> float:
@@ -411,15 +425,15 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     readings = tile.readings
     taps = tile.blocks_w * readings * (1 if tile.by_row else tile.height.kernel * phases / tile.height.stride)
     taps *= PRODUCTS[tile.parts]
-    blocks = walked.blocks * readings
-    channels = walked.blocks * tile.kb
+    blocks = walked.of_part * readings
+    channels = walked.of_part * tile.kb
     rate = MULTIPLY_ADDS[tile.size] * (NARROW if tile.pixels // tile.groups == 64 else 1.0)
-    multiply = tile.of_tile * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.blocks
-    run = min(1.0, tile.useful * tile.joined * tile.size / LINE) if tile.dst_layout == "width" else 1.0
+    multiply = tile.of_tile * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.of_part
+    run = min(1.0, tile.useful * tile.joined * tile.dst_size / LINE) if tile.dst_layout == "width" else 1.0
     stores = tile.fold.phases * tile.dst_channels / STORE[tile.dst_layout]
     if tile.dst_layout == "channels":
-        stores *= 16 / (tile.dst_vector * tile.size)
-    store = tile.of_tile * phases * tile.fold.accumulators * tile.size * (M / BUFFER + stores) / run**SHORT
+        stores *= 16 / (tile.dst_vector * tile.dst_size)
+    store = tile.of_tile * phases * tile.fold.accumulators * tile.dst_size * (M / BUFFER + stores) / run**SHORT
     gathered = tile.src_layout == "width" and tile.how == "threads"
     run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
     brought = readings * tile.halo_rows * tile.box * channels * tile.size
@@ -427,7 +441,7 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     if tile.src_layout == "channels" and tile.how == "threads":
         bring += brought / 32 * (1 / (tile.vector * tile.size) - 1 / 16) * NARROW_LOAD
     bring += COPY[tile.how] * blocks * (tile.halo_rows if tile.how == "bulk" else tile.brings)
-    weights = 0 if tile.resident else taps * walked.blocks * (M * tile.kb * tile.size / WEIGHTS + WEIGHT_COPY)
+    weights = 0 if tile.resident else taps * walked.of_part * (M * tile.kb * tile.size / WEIGHTS + WEIGHT_COPY)
     # With a tile each, one group of warps multiplies while the other stores.
     multiply = multiply + store if tile.work != "tiles" else max(multiply, (multiply + store) / 2)
     _, second, longest = sorted((multiply, bring, weights))
@@ -534,12 +548,26 @@ def arranging(batch: int, c_in: int, pixels: int, element: int, vector: int, las
     return LAUNCH + moved / (MEMORY * COPIED[not last and vector * element < 4] * processors)
 
 
+def _parts(walked: Walk, results: int) -> list[int]:
+    """Into how many parts the sums over channels might be cut for a small grid to fill the processors: at most three numbers."""
+    most = min(MOST_PARTS, walked.processors, walked.blocks // 2, WORKSPACE_ELEMENTS // max(1, results))
+    if walked.tiles >= 2 * walked.processors:
+        return []
+
+    def rounds(parts: int) -> float:  # and a little for each part, which is written and read
+        return cdiv(walked.tiles, walked.processors // parts) / parts + parts / 64
+
+    whole = (n for n in range(2, most + 1) if cdiv(walked.blocks, cdiv(walked.blocks, n)) == n)  # none is empty
+    return sorted(whole, key=rounds)[:3]
+
+
 @lru_cache(maxsize=4096)
 def choose(
     geometry, batch, c_in, c_out, size, dtype: str, source: str, destination: str, vector: int, dense: bool, rounding: bool,
     processors,
-) -> tuple[Shift, bool] | None:  # fmt: skip
-    """The tile that is quickest by the model, and whether it takes a copy of the input; None where none fits or fills the GPU.
+) -> tuple[Shift, bool, int] | None:  # fmt: skip
+    """The tile that is quickest by the model, whether it takes a copy of the input, and into how many parts the sums over
+    channels are cut; None where none fits or fills the GPU.
     dense: whether the input can be copied; rounding: whether bulk copies can round."""
     axes = geometry.axes3
     output = geometry.output_size(size)
@@ -561,27 +589,37 @@ def choose(
     if ways[0][0] != "bulk" and dense and dtype != "tf32x3" and pixels * (c_in + 8) <= MOST_COPIED:
         copying = arranging(batch, c_in, prod(size), element, vector, last, processors)
         ways.append(("bulk", "channels", 16 // element, copying))
-    best: tuple[float, float, Shift, bool] | None = None
+    best: tuple[float, float, tuple[Shift, bool, int]] | None = None
     columns = cdiv(output[2], axes[2].stride)
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
-    moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
+    results = batch * prod(output) * c_out
+    moved = element * (pixels * c_in + results)
     for how, layout, vector, copying in ways:
         for candidate in candidates(axes, dtype, columns, c_in, c_out, how, 1 if layout == "channels" else vector):
-            tile = make(axes, dtype, c_in, c_out, *candidate, layout, dst_layout, vector, dst_vector, volume)
-            if tile is None:
+            form = *candidate, layout, dst_layout, vector, dst_vector, volume
+            whole = make(axes, dtype, c_in, c_out, *form)
+            if whole is None:
                 continue
-            walked = walk(tile, axes, batch, c_in, c_out, size, output, processors)
-            rows = batch * walked.planes * walked.image + tile.halo_rows
+            walked = walk(whole, axes, batch, c_in, c_out, size, output, processors)
+            rows = batch * walked.planes * walked.image + whole.halo_rows
             if rows >= MOST_ROWS or max(walked.image, walked.planes) >= MOST_DIVISOR:
                 continue
-            took = cycles(tile, walked, moved) + copying
-            cost = took * (HALF_THE_CODE if tile.work == "together" else 1.0) / (WORTH if copying else 1.0)
-            if best is None or cost < best[0]:
-                best = cost, took, tile, copying > 0
+            for count in (1, *_parts(walked, results)):
+                tile, adding = whole, 0.0
+                if count > 1:
+                    found = make(axes, dtype, cdiv(walked.blocks, count) * whole.kb, c_out, *form, in_parts=True)
+                    if found is None:
+                        continue
+                    tile, adding = found, LAUNCH + results * (8 * count + element) / (ADDED * processors)
+                    walked = walk(tile, axes, batch, c_in, c_out, size, output, processors, count)
+                took = cycles(tile, walked, moved) + copying + adding
+                cost = took * (HALF_THE_CODE if tile.work == "together" else 1.0) / (WORTH if copying + adding else 1.0)
+                if best is None or cost < best[0]:
+                    best = cost, took, (tile, copying > 0, count)
     if best is None:
         return None
-    _, took, tile, copied = best
+    _, took, chosen = best
     rows = max(c_out, 16)  # the portable kernels' tiles have no fewer
-    products = PRODUCTS[tile.parts] * batch * prod(output) * c_in * rows * geometry.taps / prod(geometry.stride)
+    products = PRODUCTS[chosen[0].parts] * batch * prod(output) * c_in * rows * geometry.taps / prod(geometry.stride)
     least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
-    return (tile, copied) if least >= LEAST_SHARE * took else None
+    return chosen if least >= LEAST_SHARE * took else None

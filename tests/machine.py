@@ -14,6 +14,7 @@ import builtins
 import random
 import threading
 from functools import cache
+from itertools import product
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,7 +183,7 @@ class Machine:
     """One CTA."""
 
     def __init__(self, program, grid, size, seed):
-        self.program, self.grid, self.size = program, grid, size  # bytes of an element
+        self.program, self.grid, self.size = program, grid, size  # size: bytes of an element
         self.draw = random.Random(seed)
         self.copies = []  # under way
         self.own = threading.local()  # .name: of this thread's partition; .products: that it has not waited for
@@ -362,8 +363,8 @@ def namespace(machine, change):
         load=load,
         store=store,
         inline_asm_elementwise=inline_assembly,
-        program_id=lambda axis: Value(machine.program),
-        num_programs=lambda axis: Value(machine.grid),
+        program_id=lambda axis: Value(machine.program[axis]),
+        num_programs=lambda axis: Value(machine.grid[axis]),
         allocate_shared_memory=machine.allocate,
         warp_specialize=machine.partitions,
         shared_memory_descriptor=type("descriptor", (), {"reinterpret": reinterpret}),
@@ -449,7 +450,8 @@ class Emulated(Record):
 
         *values, tile = args
         values = [ready(value) for value in values]
-        for program in range(grid):
+        grid = grid if isinstance(grid, tuple) else (grid, 1)
+        for program in product(*map(range, grid)):
             machine = Machine(program, grid, tile.size, f"{self.seed} {program}")
             namespace(machine, self.change)["shift"](*values, tile)
         memories[id(args[3])].finish()

@@ -25,7 +25,7 @@ def few_processors(monkeypatch):
     monkeypatch.setattr(launch, "target_of", lambda device: Target("interpreter", 0, 2))
 
 
-def kinds(g, dtype, c_in, c_out, columns):
+def kinds(g, dtype, c_in, c_out, columns, partial=False):
     """By kind, all tiles of a layer: (tile, whether the input is channels_last, the output)."""
     found: dict = {}
     vector = 8 if dtype == "bf16" else 4
@@ -41,7 +41,9 @@ def kinds(g, dtype, c_in, c_out, columns):
                 gcd(c, vector) if each == "channels" else 1 for c, each in ((c_in, source), (c_out, destination))
             ]
             for each in shift.candidates(g.axes3, dtype, columns, c_in, c_out, how, 1):
-                tile = shift.make(g.axes3, dtype, c_in, c_out, *each, source, destination, *vectors, g.ndim == 3)
+                tile = shift.make(
+                    g.axes3, dtype, c_in, c_out, *each, source, destination, *vectors, g.ndim == 3, partial
+                )
                 if tile:
                     kind = (
                         source,
@@ -57,7 +59,7 @@ def kinds(g, dtype, c_in, c_out, columns):
     return found
 
 
-def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None, arranged=False):
+def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None, arranged=False, splits=1):
     """The layer's output with this tile, and what it should be.  arranged: of a copy of the input, which is dense then."""
     torch.manual_seed(seed)
     size = {1: (41,), 2: (7, 9), 3: (3, 5, 6)}[g.ndim]
@@ -72,7 +74,7 @@ def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change
     y = y.contiguous(memory_format=LAST[g.ndim]) if destination_last else y
     precision = "half" if dtype == "bf16" else dtype
     noted = Emulated(x, w, bias, y, seed=seed, change=change)
-    launch.forward_shift(noted, Plan("shift", "", precision, tile, arranged=arranged), x, w, bias, y, g)
+    launch.forward_shift(noted, Plan("shift", "", precision, tile, splits, arranged=arranged), x, w, bias, y, g)
     if dtype == "tf32":
         x, w = round_tf32(x), round_tf32(w)
     options = dict(stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation)
@@ -109,6 +111,24 @@ def test_three_and_four_accumulators(name, dtype):
         tile, *last = found[kind][0]
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=1)
         bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]
+        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+
+
+@pytest.mark.parametrize("name", ("k4s2p1", "k2s2", "k3p1", "1d_k16s8", "3d_k3s2p1op1", "k7x5p3x1"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_in_parts(name, dtype):
+    """Blocks of channels shared between grids, unevenly, and added in fp32 and more."""
+    g, c_in, c_out = GEOMETRIES[name], 200 if dtype == "bf16" else 136, 20
+    found = kinds(g, dtype, c_in, c_out, 12, partial=True)
+    chosen = {kind[:4]: kind for kind in found}
+    assert chosen and all(not tile.resident for each in found.values() for tile, *_ in each)
+    draw = random.Random(f"{name} {dtype}")
+    for kind in draw.sample(sorted(chosen.values(), key=repr), min(2, len(chosen))):
+        tile, *last = found[kind][0]
+        splits = 2 if tile.kb >= 64 else 3
+        y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=3, splits=splits)
+        # The sums are added by Triton's interpreter, which truncates to bfloat16.
+        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-7}[dtype]
         assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
 
 

@@ -73,7 +73,7 @@ def _store_layout(p):
     warps = 4 * p.groups
     if p.dst_layout == "channels":
         # Of narrow stores a thread has several of a pixel's channels, and fewer pixels to find.
-        lanes = min(p.dst_channels // p.dst_vector, 32 if p.dst_vector * p.size == 16 else 8)
+        lanes = min(p.dst_channels // p.dst_vector, 32 if p.dst_vector * p.dst_size == 16 else 8)
         return gl.BlockedLayout([1, p.dst_vector], [32 // lanes, lanes], [warps, 1], [1, 0])
     lanes = min(32, p.chunk * p.joined // p.dst_vector)
     down = min(warps, p.dst_channels)
@@ -85,7 +85,7 @@ def _pixel_buffer(p):
     """Of the output's chunks along the pixels; rows are swizzled by the eight."""
     if p.fold.channels < 8:
         return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    return _swizzled(p.chunk * p.joined, p.size)
+    return _swizzled(p.chunk * p.joined, p.dst_size)
 
 
 @gluon.jit
@@ -126,13 +126,19 @@ def _opaque_zero(i):
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# Where the scalars of the depth, and the inverses of `image` and `planes`, are among them.
-PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES = (gl.constexpr(i) for i in range(21, 28))
+# Where the scalars of the depth, the inverses of `image` and `planes`, and a part's first block are among them.
+PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES, FIRST_BLOCK = (gl.constexpr(i) for i in range(21, 29))
 
 
 @triton.constexpr_function
 def _element(p):
     return {"bf16": gl.bfloat16, "fp16": gl.float16}.get(p.dtype, gl.float32)
+
+
+@triton.constexpr_function
+def _stored(p):
+    """What the output has: the input's dtype, or fp32 for sums of some of the channels."""
+    return gl.float32 if p.partial else _element(p)
 
 
 @gluon.jit
@@ -237,10 +243,11 @@ def _readings(phase, phase_d, blocks, p: gl.constexpr):
 
 
 @gluon.jit
-def _block(i, blocks, readings, p: gl.constexpr):
+def _block(i, sizes, readings, p: gl.constexpr):
     """Block i of a tile: its channels' index, the first of its blocks of weights, and the plane and row that it reads,
     counted from the output's."""
     many, tap_d, plane, count, tap, row = readings
+    blocks = sizes[3]
     kb = i
     if p.volume or p.by_row:
         j = i // blocks
@@ -253,6 +260,8 @@ def _block(i, blocks, readings, p: gl.constexpr):
         if p.volume:
             tap_d += j * (p.depth.stride // p.depth.gcd)
             plane -= j * (p.depth.dilation // p.depth.gcd)
+    if p.partial:
+        kb += sizes[FIRST_BLOCK]
     return kb, (tap_d * p.height.kernel + tap) * p.blocks_w, plane, row
 
 
@@ -292,7 +301,7 @@ def _bring_by_tma(x, ring, full, empty, sizes, p: gl.constexpr):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
         readings = _readings(phase, phase_d, blocks, p)
         for b in range(0, readings[0]):
-            kb, base, delta, low = _block(b, blocks, readings, p)
+            kb, base, delta, low = _block(b, sizes, readings, p)
             s = i % p.stages
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
             mbarrier.expect(full.index(s), p.halo_rows * p.box * p.kb * p.size)
@@ -338,7 +347,7 @@ def _push(w, ring, full, empty, sizes, i, co, phase, phase_d, A: gl.constexpr, p
     tiles_co, blocks = sizes[0], sizes[3]
     readings = _readings(phase, phase_d, blocks, p)
     for b in range(0, readings[0]):
-        kb, base, delta, low = _block(b, blocks, readings, p)
+        kb, base, delta, low = _block(b, sizes, readings, p)
         row = (base * tiles_co + co // p.fold.channels) * M
         for k in gl.static_range(len(p.taps[A])):
             s = i % p.slots
@@ -389,7 +398,7 @@ def _bring_by_threads(x, ring, full, empty, sizes, p: gl.constexpr):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
         readings = _readings(phase, phase_d, blocks, p)
         for b in range(0, readings[0]):
-            kb, base, delta, low = _block(b, blocks, readings, p)
+            kb, base, delta, low = _block(b, sizes, readings, p)
             s = i % p.stages
             value = _load(x, sizes, kb, delta, tile_w, row + low, 0, p)
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
@@ -420,7 +429,7 @@ def _issue(x, staging, ready, sizes, at, count, p: gl.constexpr):
     t, b, n, row, column, many, plane, taps, low = at
     there = t < sizes[4]
     slot = count % p.staging
-    kb, base, delta, below = _block(b, sizes[3], (many, 0, plane, taps, 0, low), p)
+    kb, base, delta, below = _block(b, sizes, (many, 0, plane, taps, 0, low), p)
     mbarrier.expect(ready.index(slot), p.bring * p.kb * p.size, pred=there)
     _copy(
         x, staging.index(slot), ready.index(slot), row + below + n // ACROSS, column + n % ACROSS * p.bring, kb, delta,
@@ -614,7 +623,7 @@ def _store(accs, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.co
         _store(behind, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST + half, p)
     else:
         for g in gl.static_range(A):
-            accs = _put_at(accs, g, accs[g].to(_element(p)))
+            accs = _put_at(accs, g, accs[g].to(_stored(p)))
         if p.dst_layout == "channels":
             for g in gl.static_range(A):
                 _store_channels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, g, p)
@@ -716,7 +725,7 @@ def _phase(
     readings = _readings(phase, phase_d, blocks, p)
     for b in range(0, readings[0]):
         z = _opaque_zero(b)
-        kb, base, delta, low = _block(b, blocks, readings, p)
+        kb, base, delta, low = _block(b, sizes, readings, p)
         s = (i + b) % p.stages
         slot0 = base * blocks + kb + z
         mbarrier.wait(x_full.index(s), (i + b) // p.stages & 1)
@@ -774,7 +783,7 @@ def _multiply(
 # The run-time scalars, in the order in which the parts of the kernel find them in `sizes`.
 SCALARS = (
     "tiles_co tiles_w image blocks tiles n_in c_in h_in w_in x_n x_c x_h x_w c_out h_out w_out y_n y_c y_h y_w has_bias "
-    "planes d_in x_d d_out y_d"
+    "planes d_in x_d d_out y_d of_part y_part"
 ).split()
 
 
@@ -789,10 +798,11 @@ def shift(
     x, w, bias, y,
     tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
     c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias,
-    planes, d_in, x_d, d_out, y_d,
+    planes, d_in, x_d, d_out, y_d, of_part, y_part,
     p: gl.constexpr,
 ):  # fmt: skip
-    """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight, `p` a tconv.shift.Shift."""
+    """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight, `p` a tconv.shift.Shift.  Where that is partial,
+    program (i, part) sums the part's `of_part` blocks of channels alone, into a y of its own, `y_part` elements on."""
     x_n = x_n // p.vector * p.vector
     x_d = x_d // p.vector * p.vector
     x_h = x_h // p.vector * p.vector
@@ -811,10 +821,17 @@ def shift(
     else:
         y_c = y_c // p.dst_vector * p.dst_vector
         w_out = w_out // p.dst_vector * p.dst_vector
+    first_block = 0
+    if p.partial:
+        part = gl.program_id(1)
+        first_block = part * of_part
+        blocks = gl.where(blocks - first_block < of_part, blocks - first_block, of_part)
+        has_bias = gl.where(part == 0, has_bias, 0)
+        y += part * (y_part // p.dst_vector * p.dst_vector)
     sizes = (
         tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias, planes, d_in, x_d, d_out, y_d,
-        _inverse(image), _inverse(planes),
+        _inverse(image), _inverse(planes), first_block,
     )  # fmt: skip
     weights = gl.allocate_shared_memory(_element(p), [p.slots * p.parts, M, p.kb], _swizzled(p.kb, p.size))
     if SLICE:
@@ -823,11 +840,11 @@ def shift(
         ring = gl.allocate_shared_memory(_element(p), [p.ring, 1, p.kb], _pixel_rows(p.pixels, p.kb))
     if p.dst_layout == "channels":
         buffers = gl.allocate_shared_memory(
-            _element(p), [p.consumers, p.chunk * p.joined, p.fold.channels], _swizzled(p.fold.channels, p.size)
+            _stored(p), [p.consumers, p.chunk * p.joined, p.fold.channels], _swizzled(p.fold.channels, p.dst_size)
         )
     else:
         buffers = gl.allocate_shared_memory(
-            _element(p), [p.consumers, p.fold.channels, p.chunk * p.joined], _pixel_buffer(p)
+            _stored(p), [p.consumers, p.fold.channels, p.chunk * p.joined], _pixel_buffer(p)
         )
     # All before the first barrier is initialised: what is allocated later may share the memory of a buffer that is not
     # used any more, and a bulk copy into the place of a barrier goes wrong.
