@@ -521,7 +521,8 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     if tile.fold.phases > 1:
         packed = pack_folded(noted, weight, geometry, tile)
     else:
-        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, shift.M, tile.kb, PARTS.get(tile.dtype, 0))
+        rows, parts = tile.fold.of_tile, PARTS.get(tile.dtype, 0)
+        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, rows, tile.kb, parts)
     taps, height, width = packed.shape
     w_layout, x_layout = kernels.descriptor_layouts(tile)
     x: torch.Tensor | Described = source

@@ -6,7 +6,7 @@ Pure integers, from a layer's geometry; neither torch nor Triton.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import gcd, prod
@@ -46,16 +46,22 @@ class Fold:
     low: tuple[int, ...]  # of each accumulator, the first input offset and how many follow, where phases > 1
     count: tuple[int, ...]
     exact: bool  # whether all phases of an accumulator read all its offsets
+    spread: int = 1  # where there is one phase: so many accumulators have M output channels each, of one reading
 
     @property
     def channels(self) -> int:
-        """Output channels of a tile."""
+        """Output channels of an accumulator."""
         return M // self.phases
+
+    @property
+    def of_tile(self) -> int:
+        """Output channels of a tile."""
+        return self.channels * self.spread
 
     @property
     def joined(self) -> int:
         """Rows of all accumulators side by side, for which a third one is padded to four."""
-        return self.phases * power_of_two(self.accumulators, 1, MOST_ACCUMULATORS)
+        return self.phases * power_of_two(self.accumulators // self.spread, 1, MOST_ACCUMULATORS)
 
 
 def fold(width: Axis, phases: int, accumulators: int) -> Fold:
@@ -64,6 +70,9 @@ def fold(width: Axis, phases: int, accumulators: int) -> Fold:
     wherever offsets change: of k = 2 s + 1, for the one phase of three taps and those before and behind it."""
     if accumulators == 1:
         return _parted(width, phases, (0,), (width.stride,))
+    if width.stride == 1:
+        one = _parted(width, phases, (0,) * accumulators, (1,) * accumulators)
+        return replace(one, spread=accumulators)
     if accumulators > 2:
         first = [0]
         for b in range(1, width.stride):
@@ -91,7 +100,7 @@ def _parted(width: Axis, phases: int, first: tuple[int, ...], many: tuple[int, .
 def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
     """(phases, accumulators) worth trying."""
     if width.stride == 1:
-        return [(1, 1)]
+        return [(1, n) for n in (1, 2, 4) if n == 1 or c_out > M * n // 2]
     if width.stride == 2:  # folded, few output channels fill an accumulator's rows
         return [(1, 2), (2, 1)] if c_out <= M // 2 else [(1, 2)]
     whole = power_of_two(width.stride, 4, MOST_WIDTH_PHASES)
@@ -251,7 +260,10 @@ def make(
     rows = of_tile // box
     f = fold(width, *folded)
     # (accumulator, block of weights, input offset) of each tap along the width, and how many blocks there are.
-    if f.phases == 1:
+    if f.spread > 1:
+        across = [(g, kw * f.spread + g, d) for kw, d in by_w[0] for g in range(f.spread)]
+        blocks_w = width.kernel * f.spread
+    elif f.phases == 1:
         across = [(b, kw, d) for b, taps in enumerate(by_w) for kw, d in taps]
         blocks_w = width.kernel
     else:
@@ -387,7 +399,7 @@ def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors, parts:
     planes, rows_out, columns_out = (cdiv(o, a.stride) for o, a in zip(output, axes))
     reach = [d for a in range(height.stride) for _, d in height.taps(a)]
     image = max(rows_out, size[1] - min(0, *tile.low), rows_out + max(0, *reach))
-    blocks, tiles_co, tiles_w = cdiv(c_in, tile.kb), cdiv(c_out, tile.fold.channels), cdiv(columns_out, tile.useful)
+    blocks, tiles_co, tiles_w = cdiv(c_in, tile.kb), cdiv(c_out, tile.fold.of_tile), cdiv(columns_out, tile.useful)
     tiles = tiles_co * len(tile.low) * tile.depth.stride * tiles_w * cdiv(batch * planes * image, tile.rows)
     grid = min(tiles, max(1, processors // parts))
     if tile.resident:  # a CTA keeps the weights of one channel tile
@@ -491,7 +503,9 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
                 fits = fits and pixels <= 128
             # Four, and the store of many phases with gaps among them, need the registers that there are where no threads
             # bring the input.
-            fits = fits and (bulk or (folded[1] < 4 and (folded[0] <= 8 or prod(folded) == width.stride)))
+            fits = fits and (
+                bulk or width.stride == 1 or (folded[1] < 4 and (folded[0] <= 8 or prod(folded) == width.stride))
+            )
             # Three or four accumulators are much code to store, so phases along the height do not have their own.
             rows = by_row or (folded[1] > 2 and height.kernel % height.stride > 0)
             fits = fits and not (rows and all_phases and height.stride > 1)
@@ -581,10 +595,12 @@ def choose(
     # How the input comes, from where, and the cycles of copying it before.
     ways: list[tuple[str, str, int, float]] = [("threads", src_layout, src_vector, 0.0)]
     if vector * element >= 16:
-        if last and (element == 2 or (dtype == "tf32" and rounding)):
+        if last and element == 2:
             ways = [("bulk", src_layout, src_vector, 0.0)]
         else:
             ways.insert(0, ("staged", src_layout, src_vector, 0.0))
+            if last and dtype == "tf32" and rounding:
+                ways.insert(0, ("bulk", src_layout, src_vector, 0.0))
     pixels = batch * prod(size)
     if ways[0][0] != "bulk" and dense and dtype != "tf32x3" and pixels * (c_in + 8) <= MOST_COPIED:
         copying = arranging(batch, c_in, prod(size), element, vector, last, processors)

@@ -73,8 +73,6 @@ LAYERS = {
     "tiles-bf16-nhwc": (layer(64, 48, 2, (128, 128), 8, stride=2), BF16, LAST, True),
     "image-bf16-nhwc": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, LAST, True),
     "image-bf16-nchw": (layer(64, 3, 4, (64, 64), 128, stride=2, padding=1), BF16, FIRST, True),
-    "copied-fp16-nchw": (layer(1024, 512, 2, (32, 32), 8, stride=2), FP16, FIRST, True),
-    "copied-tf32-nhwc": (layer(1024, 1024, 2, (48, 48), 1, stride=2), FP32, LAST, True),
     "odd-bf16-nhwc": (layer(66, 20, 3, (64, 64), 32, padding=1), BF16, LAST, True),
     "odd-tf32-nhwc": (layer(65, 17, 2, (64, 64), 32, stride=2), FP32, LAST, True),
     "speech-fp32": (layer(48, 8, 8, (64084,), 4, stride=4), FP32, FIRST, False),
@@ -93,6 +91,16 @@ LAYERS = {
     "large-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2), BF16, LAST, True),
     "large-fp32-nchw": (layer(64, 64, 2, (2048, 2048), 16, stride=2), FP32, FIRST, True),
     "large-depthwise-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2, groups=64), BF16, LAST, True),
+}
+
+# What only Hopper has forms of its own for.
+HOPPER_LAYERS = {
+    "copied-fp16-nchw": (layer(1024, 512, 2, (32, 32), 8, stride=2), FP16, FIRST, True),
+    "copied-tf32-nhwc": (layer(1024, 1024, 2, (48, 48), 1, stride=2), FP32, LAST, True),
+    "shared-bf16-nchw": (layer(128, 256, 1, (188, 188), 4), BF16, FIRST, True),
+    "runs-bf16": (layer(256, 128, 11, (4000,), 1, stride=5, padding=3), BF16, FIRST, True),
+    "long-tf32": (layer(80, 80, 1024, (63,), 12, stride=256), FP32, FIRST, True),
+    "parts-fp16-nhwc": (layer(1024, 256, 4, (16, 16), 1, stride=2, padding=1), FP16, LAST, True),
 }
 
 
@@ -155,7 +163,8 @@ def record(target: Target) -> list[dict]:
         for module, names in KERNELS.items():
             for name in names:
                 patch.setattr(f"tconv.kernels.{module}.{name}", Recorder(module, name, found))
-        for title, ((batch, c_in, c_out, size, geometry), dtype, last, tf32) in LAYERS.items():
+        layers = LAYERS | (HOPPER_LAYERS if target.arch == 90 else {})
+        for title, ((batch, c_in, c_out, size, geometry), dtype, last, tf32) in layers.items():
             patch.setattr(launcher, "allow_tf32", lambda tf32=tf32: tf32)
             format = (
                 (torch.channels_last if len(size) == 2 else torch.channels_last_3d) if last else torch.contiguous_format

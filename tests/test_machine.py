@@ -114,6 +114,22 @@ def test_three_and_four_accumulators(name, dtype):
         assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
 
 
+@pytest.mark.parametrize("name", ("k1", "k3p1", "k3x2s2x1", "3d_k3"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulators_of_other_channels(name, dtype):
+    """Of stride 1 two or four tiles of output channels may share a reading of the input."""
+    g, c_in, c_out = GEOMETRIES[name], 72, 150
+    found = kinds(g, dtype, c_in, c_out, 12)
+    draw = random.Random(f"{name} {dtype}")
+    shared = sorted((kind for kind in found if kind[-1] > 1), key=repr)
+    assert {kind[-1] for kind in shared} == ({2} if dtype == "tf32x3" else {2, 4})
+    for kind in draw.sample(shared, 3):
+        tile, *last = found[kind][0]
+        y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=5)
+        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]
+        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+
+
 @pytest.mark.parametrize("name", ("k4s2p1", "k2s2", "k3p1", "1d_k16s8", "3d_k3s2p1op1", "k7x5p3x1"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_in_parts(name, dtype):

@@ -59,7 +59,7 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
     walked = shift.walk(tile, g.axes3, batch, c_in, c_out, size, output, 132)
     assert tile.volume or (walked.planes == 1 and tile.depth.taps(0) == [(0, 0)])  # without, the kernel knows no planes
     f = tile.fold
-    assert walked.tiles_co == -(-c_out // f.channels) and walked.blocks == -(-c_in // tile.kb)
+    assert walked.tiles_co == -(-c_out // f.of_tile) and walked.blocks == -(-c_in // tile.kb)
     if walked.tiles_co > 1:  # each by itself
         firsts = range(0, c_out, f.channels)
         return torch.cat([carried_out(tile, g, images, w[:, c : c + f.channels]) for c in firsts], 1)
@@ -127,6 +127,8 @@ GEOMETRIES = {
     "k2s2": geometry(2, 2, 2),
     "k1s2": geometry(2, 1, 2, 0, 1),
     "k3p1": geometry(2, 3, 1, 1),
+    "k1": geometry(2, 1),
+    "k3x2s2x1": geometry(2, (3, 2), (2, 1), (1, 0)),
     "k3x5d2": geometry(2, (3, 5), 1, (0, 3), 0, (2, 1)),
     "k3s2d2": geometry(2, 3, 2, 1, 1, 2),
     "k3s4x2p5": geometry(2, (3, 4), (4, 2), (5, 1), (2, 0)),

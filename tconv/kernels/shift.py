@@ -194,7 +194,7 @@ def _decode(t, sizes, p: gl.constexpr):
     """Tile t as (first output channel, phase along the height, tile along the width, first row, phase along the depth).
     Channel tiles are neighbours, then phases: they share input pixels in the L2."""
     tiles_co, tiles_w = sizes[0], sizes[1]
-    co = t % tiles_co * p.fold.channels
+    co = t % tiles_co * p.fold.of_tile
     t = t // tiles_co
     phase = t % len(p.low)
     t = t // len(p.low)
@@ -342,19 +342,29 @@ def _load(x, sizes, kb, delta, tile_w, row, J: gl.constexpr, p: gl.constexpr):
 
 
 @gluon.jit
+def _row_of(block, tile, tiles_co, p: gl.constexpr):
+    """The first row of a block of weights in the packed weight, of channel tile `tile`, which has `spread` blocks a tap."""
+    S: gl.constexpr = p.fold.spread
+    if S == 1:
+        return (block * tiles_co + tile) * M
+    else:
+        return ((block // S * tiles_co + tile) * S + block % S) * M
+
+
+@gluon.jit
 def _push(w, ring, full, empty, sizes, i, co, phase, phase_d, A: gl.constexpr, p: gl.constexpr):
     """The blocks of weights that _phase takes into their ring; i counts them and is returned."""
     tiles_co, blocks = sizes[0], sizes[3]
     readings = _readings(phase, phase_d, blocks, p)
     for b in range(0, readings[0]):
         kb, base, delta, low = _block(b, sizes, readings, p)
-        row = (base * tiles_co + co // p.fold.channels) * M
+        row = _row_of(base, co // p.fold.of_tile, tiles_co, p)
         for k in gl.static_range(len(p.taps[A])):
             s = i % p.slots
             mbarrier.wait(empty.index(s), (i // p.slots & 1) ^ 1)
             mbarrier.expect(full.index(s), p.parts * M * p.kb * p.size)
             for part in gl.static_range(gl.constexpr(p.parts)):
-                at = row + (p.taps[A][k][1] + part * p.whole) * tiles_co * M
+                at = row + _row_of(p.taps[A][k][1] + part * p.whole, 0, tiles_co, p)
                 async_load(w, [at, kb * p.kb], full.index(s), ring.index(s * p.parts + part))
             i += 1
     return i
@@ -368,7 +378,7 @@ def _push_all(w, ring, full, sizes, p: gl.constexpr):
     mbarrier.expect(full.index(0), p.slots * p.parts * M * p.kb * p.size)
     for tap in range(0, p.whole * p.parts):
         for kb in range(0, blocks):
-            async_load(w, [(tap * tiles_co + co) * M, kb * p.kb], full.index(0), ring.index(tap * blocks + kb))
+            async_load(w, [_row_of(tap, co, tiles_co, p), kb * p.kb], full.index(0), ring.index(tap * blocks + kb))
 
 
 @gluon.jit
@@ -624,7 +634,13 @@ def _store(accs, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.co
     else:
         for g in gl.static_range(A):
             accs = _put_at(accs, g, accs[g].to(_stored(p)))
-        if p.dst_layout == "channels":
+        if p.fold.spread > 1:
+            for g in gl.static_range(A):
+                if p.dst_layout == "channels":
+                    _store_channels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co + g * M, FIRST, 0, p)
+                else:
+                    _store_pixels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co + g * M, FIRST, p)
+        elif p.dst_layout == "channels":
             for g in gl.static_range(A):
                 _store_channels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, g, p)
         else:
@@ -740,6 +756,9 @@ def _phase(
     c = co + gl.arange(0, M, layout=gl.SliceLayout(1, layout)) // p.fold.phases
     bias_of_row = gl.load(bias + c, mask=(c < c_out) & (has_bias != 0), other=0.0).to(gl.float32)[:, None]
     for g in gl.static_range(gl.constexpr(p.fold.accumulators)):
+        if g > 0 and p.fold.spread > 1:
+            c += M
+            bias_of_row = gl.load(bias + c, mask=(c < c_out) & (has_bias != 0), other=0.0).to(gl.float32)[:, None]
         accs = _put_at(accs, g, accs[g] + bias_of_row)
     _store(accs, buffer, y, sizes, phase, tile_w, row, phase_d, co, START, p)
     return j
