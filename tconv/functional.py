@@ -17,7 +17,7 @@ _DOC = """Transposed convolution over {axes}, as torch.nn.functional.conv_transp
 
     Args:
         input: (N, in_channels, {spatial}) or, unbatched, (in_channels, {spatial}); float16, bfloat16 or
-            float32 on a GPU. Any strides; contiguous and channels_last are read as they come.
+            float32 on a GPU. Any strides; contiguous and channels_last are mostly read as they come.
         weight: (in_channels, out_channels / groups, {kernel}), of input's dtype and device.
         bias: (out_channels,), or None (the default).
         stride: step between the outputs of neighbouring inputs; int or {n} ints, at least 1. Default 1.

@@ -64,6 +64,7 @@ class Fold:
         return self.phases * power_of_two(self.accumulators // self.spread, 1, MOST_ACCUMULATORS)
 
 
+@lru_cache(maxsize=4096)
 def fold(width: Axis, phases: int, accumulators: int) -> Fold:
     """The Fold of an axis; phases * accumulators must be at least its stride.  Two accumulators part where each can be
     exact, if there is such a place: of k = 2 s, where the offsets change (stride - padding, in the easiest case).  More part
@@ -504,7 +505,9 @@ def candidates(axes, dtype: str, columns_out: int, c_in: int, c_out: int, how: s
             # Four, and the store of many phases with gaps among them, need the registers that there are where no threads
             # bring the input.
             fits = fits and (
-                bulk or width.stride == 1 or (folded[1] < 4 and (folded[0] <= 8 or prod(folded) == width.stride))
+                bulk
+                or width.stride == 1
+                or (folded[1] < 4 and (folded[0] <= 8 or fold(width, *folded).joined == width.stride))
             )
             # Three or four accumulators are much code to store, so phases along the height do not have their own.
             rows = by_row or (folded[1] > 2 and height.kernel % height.stride > 0)
