@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# fp32 elements of workspace that backward_weight may take for its partial sums (64 Mi = 256 MB): users of
+# fp32 elements of workspace that a pass may take for its partial sums (64 Mi = 256 MB): users of
 # cuDNN complain of workspaces of 4.7 to 48 GiB.  One split always fits, whatever the weight's size.
 WORKSPACE_ELEMENTS = 1 << 26
 

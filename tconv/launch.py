@@ -540,7 +540,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         x = Described(source, (shape, strides, box, x_layout, *rounding))
     to = output if splits == 1 else _partial_sums(noted, output, splits)
     noted.launch(
-        kernels.shift, walked.grid if splits == 1 else (walked.grid, splits),
+        kernels.shift, (walked.grid, splits),
         x, Described(packed, ([taps * height, width], [width, 1], [shift.M, tile.kb], w_layout)),
         output if bias is None else bias, to,
         walked.tiles_co, walked.tiles_w, walked.image, walked.blocks, walked.tiles,

@@ -29,7 +29,7 @@ class Described(NamedTuple):
     """A tensor as bulk copies take it, with the facts of Triton's TensorDescriptor."""
 
     base: torch.Tensor
-    facts: tuple  # shape, strides, block_shape, layout
+    facts: tuple  # shape, strides, block_shape, layout; where copies round to TF32 also padding and True
 
 
 def _described(base: torch.Tensor, facts: tuple):

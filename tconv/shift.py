@@ -30,7 +30,8 @@ MOST_ROWS, MOST_DIVISOR = 1 << 23, 1 << 15  # of all images, and of one: kernels
 MOST_ACCUMULATORS = 4  # of 64 pixels each
 MOST_WIDTH_PHASES = MOST_ACCUMULATORS * M  # of one channel
 MOST_PARTS = 16  # of the sums over channels
-MOST_SPANS = 8  # strides that a kernel beyond MOST_WIDTH may be long: offsets of an accumulator
+LONG_STRIDE = 16  # along the width: beyond, kernels may be longer and few tiles fit
+MOST_SPANS = 8  # strides that such a kernel may be long: offsets of an accumulator
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def folds(width: Axis, c_out: int) -> list[tuple[int, int]]:
         halves = whole, 2
     parts = [(1 << i, fold(width, 1 << i, MOST_ACCUMULATORS).accumulators) for i in range(M.bit_length())]
     fewest = [each for each in parts if 2 < each[1] <= MOST_ACCUMULATORS][:1]
-    one = [(whole, 1)] * (whole <= 8 or 16 < whole <= M)
+    one = [(whole, 1)] * (whole <= 8 or LONG_STRIDE < whole <= M)
     return [halves] * (halves[0] <= M) + one + fewest
 
 
@@ -305,7 +306,7 @@ def make(
     useful -= useful % step
     if not rows or useful < 1 or box % align:
         return None
-    if dst_layout == "channels" and (f.channels * dst_size < 32 or width.stride > 16):
+    if dst_layout == "channels" and (f.channels * dst_size < 32 or width.stride > LONG_STRIDE):
         return None  # the least that a buffer's swizzle takes; and of many phases a thread would have too many pixels to find
     block = M * kb * size
     whole = depth.kernel * height.kernel * blocks_w
@@ -542,8 +543,8 @@ def refuse(geometry, c_in, large, precision, source, destination, target: Target
         (height.stride > MOST_STRIDE, f"the shift kernel has strides up to {MOST_STRIDE} along the height"),
         (width.stride > MOST_WIDTH_PHASES, f"the shift kernel has strides up to {MOST_WIDTH_PHASES} along the width"),
         (
-            width.kernel > max(MOST_WIDTH, MOST_SPANS * width.stride if width.stride > 16 else 0),
-            f"the shift kernel has up to {MOST_WIDTH} taps along the width, or {MOST_SPANS} strides above 16",
+            width.kernel > max(MOST_WIDTH, MOST_SPANS * width.stride if width.stride > LONG_STRIDE else 0),
+            f"the shift kernel has up to {MOST_WIDTH} taps along the width, or {MOST_SPANS} strides above {LONG_STRIDE}",
         ),
         (large, "the shift kernel has 32-bit offsets"),
         (c_in < 16, "few input channels"),
@@ -613,9 +614,9 @@ def choose(
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     results = batch * prod(output) * c_out
     moved = element * (pixels * c_in + results)
-    for how, layout, vector, copying in ways:
-        for candidate in candidates(axes, dtype, columns, c_in, c_out, how, 1 if layout == "channels" else vector):
-            form = *candidate, layout, dst_layout, vector, dst_vector, volume
+    for how, layout, loaded, copying in ways:
+        for candidate in candidates(axes, dtype, columns, c_in, c_out, how, 1 if layout == "channels" else loaded):
+            form = *candidate, layout, dst_layout, loaded, dst_vector, volume
             whole = make(axes, dtype, c_in, c_out, *form)
             if whole is None:
                 continue

@@ -454,7 +454,6 @@ class Emulated(Record):
 
         *values, tile = args
         values = [ready(value) for value in values]
-        grid = grid if isinstance(grid, tuple) else (grid, 1)
         for program in product(*map(range, grid)):
             machine = Machine(program, grid, tile.size, f"{self.seed} {program}")
             namespace(machine, self.change)["shift"](*values, tile)

@@ -83,6 +83,12 @@ def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change
     return y, ATEN[g.ndim](x.double(), w.double(), bias.double(), **options)
 
 
+def assert_near(y, exact, dtype, tile, half=2**-8):
+    """Equal but for fp32's rounding of the result, or bf16's, relative to the largest element."""
+    bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": half}[dtype]
+    assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+
+
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_makes_the_convolution(name, dtype):
@@ -96,8 +102,7 @@ def test_the_kernel_makes_the_convolution(name, dtype):
         smallest = min(tile.of_tile for tile, *_ in found[kind])
         tile, *last = draw.choice([each for each in found[kind] if each[0].of_tile == smallest])
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=draw.randrange(1000))
-        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]  # of fp32's rounding of the result, or bf16's
-        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+        assert_near(y, exact, dtype, tile)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +117,7 @@ def test_three_and_four_accumulators(name, dtype):
     for kind in chosen.values():
         tile, *last = found[kind][0]
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=1)
-        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]
-        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+        assert_near(y, exact, dtype, tile)
 
 
 @pytest.mark.parametrize("name", ("k1", "k3p1", "k3x2s2x1", "3d_k3"))
@@ -128,8 +132,7 @@ def test_accumulators_of_other_channels(name, dtype):
     for kind in draw.sample(shared, 3):
         tile, *last = found[kind][0]
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=5)
-        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-8}[dtype]
-        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+        assert_near(y, exact, dtype, tile)
 
 
 @pytest.mark.parametrize("name", ("k4s2p1", "k2s2", "k3p1", "1d_k16s8", "3d_k3s2p1op1", "k7x5p3x1"))
@@ -146,8 +149,7 @@ def test_sums_in_parts(name, dtype):
         splits = 2 if tile.kb >= 64 else 3
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=3, splits=splits)
         # The sums are added by Triton's interpreter, which truncates to bfloat16.
-        bound = {"tf32": 1e-6, "tf32x3": 1e-6, "bf16": 2**-7}[dtype]
-        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+        assert_near(y, exact, dtype, tile, half=2**-7)
 
 
 @pytest.mark.parametrize("name", ("k4s2p1", "1d_k16s8", "3d_k3s2p1op1"))
@@ -164,8 +166,7 @@ def test_of_a_copy_of_the_input(name, dtype, last):
     for kind in chosen:
         tile, _, destination_last = found[kind][0]
         y, exact = run(g, dtype, tile, last, destination_last, c_in, c_out, seed=0, arranged=True)
-        bound = {"tf32": 1e-6, "bf16": 2**-8}[dtype]
-        assert (y.double() - exact).abs().max() <= bound * exact.abs().max(), tile.describe()
+        assert_near(y, exact, dtype, tile)
 
 
 SOURCE = Path(kernels.__file__).read_text()

@@ -294,10 +294,9 @@ def test_tiles_fit(suite):
             axes = (tile.depth, tile.height) if tile.by_row else (tile.depth,)
             readings = prod(max(len(axis.taps(a)) for a in range(axis.stride)) for axis in axes)
             rows = tile.ring + tile.slots * tile.parts * shift.M
-            buffers = (
-                tile.consumers * tile.fold.channels * tile.chunk * tile.joined + tile.staging * tile.bring * tile.kb
-            )
-            assert (rows * tile.kb + buffers) * tile.size <= shift.SHARED
+            output = tile.consumers * tile.fold.channels * tile.chunk * tile.joined * tile.dst_size
+            staging = tile.staging * tile.bring * tile.kb
+            assert (rows * tile.kb + staging) * tile.size + output <= shift.SHARED
             assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.box
             held = tile.all_phases and (tile.height.stride > 1 or tile.work == "tiles")
             assert tile.stages >= (blocks * readings + 1 if held else 2)

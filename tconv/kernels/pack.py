@@ -21,9 +21,10 @@ def pack_weight(
     """packed[part, group, tap, c_dst, c_src], c_dst and c_src zero-padded to `height` and `width`, a multiple of 16; fp32 as
     PARTS TF32 values (0: as it is, one part), of which each has so many `rows`.
 
-    With PHASES > 1, which has one group: packed[part, tap of depth and height, one of `entries` offsets along the width, c_dst
-    and phase, c_src].  Accumulator g of tconv.shift.Fold has the phases from first<g> on, and offset d at base<g> + d; row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel
-    c.  What a row holds that has no such phase is left open: its output does not exist.
+    With PHASES > 1, which has one group: packed[part, tap of depth and height, one of `entries` offsets along the width,
+    c_dst and phase, c_src].  Accumulator g of tconv.shift.Fold has the phases from first<g> on, and offset d at base<g> + d;
+    row c % (64 / PHASES) * PHASES + f of a tile of 64 is phase f of channel c.  What a row holds that has no such phase is
+    left open: its output does not exist.
 
     w_g, w_s, w_t: the weight's strides along group, source channel and destination channel; w_d, w_h, w_w: of taps.
     Of one source channel, its (c_dst, taps) lie in memory as ORDER says: "taps" or "channels" innermost without gaps, or

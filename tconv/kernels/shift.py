@@ -294,7 +294,7 @@ def _copy_row(x, ring, ready, s, row, j, tile_w, kb, delta, sizes, p: gl.constex
 
 @gluon.jit
 def _bring_by_tma(x, ring, full, empty, sizes, p: gl.constexpr):
-    """channels_last of 16 bits: a bulk copy a row of pixels."""
+    """channels_last, or a copy with its channels innermost: a bulk copy a row of pixels."""
     blocks, tiles = sizes[3], sizes[4]
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -634,15 +634,13 @@ def _store(accs, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: gl.co
     else:
         for g in gl.static_range(A):
             accs = _put_at(accs, g, accs[g].to(_stored(p)))
-        if p.fold.spread > 1:
+        APART: gl.constexpr = M if p.fold.spread > 1 else 0  # channels from accumulator to accumulator
+        if p.dst_layout == "channels":
             for g in gl.static_range(A):
-                if p.dst_layout == "channels":
-                    _store_channels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co + g * M, FIRST, 0, p)
-                else:
-                    _store_pixels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co + g * M, FIRST, p)
-        elif p.dst_layout == "channels":
+                _store_channels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co + g * APART, FIRST, g, p)
+        elif p.fold.spread > 1:
             for g in gl.static_range(A):
-                _store_channels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST, g, p)
+                _store_pixels(accs[g], buffer, y, sizes, phase, tile_w, row, phase_d, co + g * APART, FIRST, p)
         else:
             v = accs[0]
             if A == 2:
