@@ -579,42 +579,45 @@ def _parts(walked: Walk, results: int) -> list[int]:
     return sorted(whole, key=rounds)[:3]
 
 
-@lru_cache(maxsize=4096)
-def choose(
+def _ways(batch: int, c_in: int, pixels: int, element: int, vector: int, last: bool, dtype: str, dense: bool, rounding: bool,
+          processors: int) -> list[tuple[str, str, int, float]]:  # fmt: skip
+    """How the input may come to the tile, from which layout, by how many elements a load, and the cycles of copying it before."""
+    layout = "channels" if last else "width"
+    loaded = gcd(vector, c_in, 16 // element) if last else min(vector, 4 // element)
+    ways = [("threads", layout, loaded, 0.0)]
+    if vector * element >= 16:
+        if last and element == 2:
+            ways = [("bulk", layout, loaded, 0.0)]
+        else:
+            ways.insert(0, ("staged", layout, loaded, 0.0))
+            if last and dtype == "tf32" and rounding:
+                ways.insert(0, ("bulk", layout, loaded, 0.0))
+    if ways[0][0] != "bulk" and dense and dtype != "tf32x3" and batch * pixels * (c_in + 8) <= MOST_COPIED:
+        copying = arranging(batch, c_in, pixels, element, vector, last, processors)
+        ways.append(("bulk", "channels", 16 // element, copying))
+    return ways
+
+
+def _choices(
     geometry, batch, c_in, c_out, size, dtype: str, source: str, destination: str, vector: int, dense: bool, rounding: bool,
     processors,
-) -> tuple[Shift, bool, int] | None:  # fmt: skip
-    """The tile that is quickest by the model, whether it takes a copy of the input, and into how many parts the sums over
-    channels are cut; None where none fits or fills the GPU.
-    dense: whether the input can be copied; rounding: whether bulk copies can round."""
+) -> Iterator[tuple[float, Shift, bool, int]]:  # fmt: skip
+    """What `choose` chooses from: about how many cycles each takes, and what `choose` returns."""
     axes = geometry.axes3
     output = geometry.output_size(size)
     size, output = sizes3(size), sizes3(output)
     element = bytes_of(dtype)
-    src_layout, dst_layout = (each if each == "width" else "channels" for each in (source, destination))
-    last = src_layout == "channels"
+    last = source != "width"
     # The output is new: its strides are multiples of its channels, or of its width.
+    dst_layout = "width" if destination == "width" else "channels"
     dst_vector = gcd(c_out, 16 // element) if dst_layout == "channels" else 4 if output[2] % 4 == 0 else 1
-    src_vector = gcd(vector, c_in, 16 // element) if last else min(vector, 4 // element)
-    # How the input comes, from where, and the cycles of copying it before.
-    ways: list[tuple[str, str, int, float]] = [("threads", src_layout, src_vector, 0.0)]
-    if vector * element >= 16:
-        if last and element == 2:
-            ways = [("bulk", src_layout, src_vector, 0.0)]
-        else:
-            ways.insert(0, ("staged", src_layout, src_vector, 0.0))
-            if last and dtype == "tf32" and rounding:
-                ways.insert(0, ("bulk", src_layout, src_vector, 0.0))
-    pixels = batch * prod(size)
-    if ways[0][0] != "bulk" and dense and dtype != "tf32x3" and pixels * (c_in + 8) <= MOST_COPIED:
-        copying = arranging(batch, c_in, prod(size), element, vector, last, processors)
-        ways.append(("bulk", "channels", 16 // element, copying))
-    best: tuple[float, float, tuple[Shift, bool, int]] | None = None
     columns = cdiv(output[2], axes[2].stride)
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     results = batch * prod(output) * c_out
-    moved = element * (pixels * c_in + results)
-    for how, layout, loaded, copying in ways:
+    moved = element * (batch * prod(size) * c_in + results)
+    for how, layout, loaded, copying in _ways(
+        batch, c_in, prod(size), element, vector, last, dtype, dense, rounding, processors
+    ):
         for candidate in candidates(axes, dtype, columns, c_in, c_out, how, 1 if layout == "channels" else loaded):
             form = *candidate, layout, dst_layout, loaded, dst_vector, volume
             whole = make(axes, dtype, c_in, c_out, *form)
@@ -624,22 +627,38 @@ def choose(
             rows = batch * walked.planes * walked.image + whole.halo_rows
             if rows >= MOST_ROWS or max(walked.image, walked.planes) >= MOST_DIVISOR:
                 continue
-            for count in (1, *_parts(walked, results)):
-                tile, adding = whole, 0.0
-                if count > 1:
-                    found = make(axes, dtype, cdiv(walked.blocks, count) * whole.kb, c_out, *form, in_parts=True)
-                    if found is None:
-                        continue
-                    tile, adding = found, LAUNCH + results * (8 * count + element) / (ADDED * processors)
-                    walked = walk(tile, axes, batch, c_in, c_out, size, output, processors, count)
-                took = cycles(tile, walked, moved) + copying + adding
-                cost = took * (HALF_THE_CODE if tile.work == "together" else 1.0) / (WORTH if copying + adding else 1.0)
-                if best is None or cost < best[0]:
-                    best = cost, took, (tile, copying > 0, count)
+            yield cycles(whole, walked, moved) + copying, whole, copying > 0, 1
+            for count in _parts(walked, results):
+                part = make(axes, dtype, cdiv(walked.blocks, count) * whole.kb, c_out, *form, in_parts=True)
+                if part is not None:
+                    adding = LAUNCH + results * (8 * count + element) / (ADDED * processors)
+                    walked_part = walk(part, axes, batch, c_in, c_out, size, output, processors, count)
+                    yield cycles(part, walked_part, moved) + copying + adding, part, copying > 0, count
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    geometry, batch, c_in, c_out, size, dtype: str, source: str, destination: str, vector: int, dense: bool, rounding: bool,
+    processors,
+) -> tuple[Shift, bool, int] | None:  # fmt: skip
+    """The tile that is quickest by the model, whether it takes a copy of the input, and into how many parts the sums over
+    channels are cut; None where none fits or fills the GPU.
+    dense: whether the input can be copied; rounding: whether bulk copies can round."""
+
+    def cost(choice: tuple[float, Shift, bool, int]) -> float:
+        took, tile, copied, count = choice
+        return took * (HALF_THE_CODE if tile.work == "together" else 1.0) / (WORTH if copied or count > 1 else 1.0)
+
+    choices = _choices(
+        geometry, batch, c_in, c_out, size, dtype, source, destination, vector, dense, rounding, processors
+    )
+    best = min(choices, key=cost, default=None)
     if best is None:
         return None
-    _, took, chosen = best
+    took, tile, copied, count = best
+    element, output = bytes_of(dtype), geometry.output_size(size)
     rows = max(c_out, 16)  # the portable kernels' tiles have no fewer
-    products = PRODUCTS[chosen[0].parts] * batch * prod(output) * c_in * rows * geometry.taps / prod(geometry.stride)
+    products = PRODUCTS[tile.parts] * batch * prod(output) * c_in * rows * geometry.taps / prod(geometry.stride)
+    moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
     least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
-    return chosen if least >= LEAST_SHARE * took else None
+    return (tile, copied, count) if least >= LEAST_SHARE * took else None
