@@ -291,7 +291,8 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
 
 
 def _arrange(noted: Record, t: torch.Tensor, is_tf32: bool) -> torch.Tensor:
-    """A dense activation as [image, *pixels, channels], rounded if it is to be TF32: what bulk copies take."""
+    """A dense activation as [image, *pixels, channels], rounded if it is to be TF32: what bulk copies take.
+    Behind a weight's packing, beside which it runs."""
     from .kernels.copies import arrange
 
     (batch, channels), size = t.shape[:2], t.shape[2:]
@@ -305,6 +306,7 @@ def _arrange(noted: Record, t: torch.Tensor, is_tf32: bool) -> torch.Tensor:
     noted.launch(
         arrange, grid, t, arranged, pixels, channels, pieces,
         LAST=last, ROUND=is_tf32, VECTOR=gcd(channels if last else pixels, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c,
+        EARLY=True, **record.EARLY,
     )  # fmt: skip
     return arranged
 
@@ -360,13 +362,14 @@ UNFOLDED = (0,) * 11  # what kernels.pack asks about folded phases
 
 def pack(
     noted: Record, weight, roles, taps, groups, c_src, c_dst, block_n, block_k, parts: int,
-    entries: int = 0, phases: int = 1, folded: tuple[int, ...] = UNFOLDED,
+    entries: int = 0, phases: int = 1, folded: tuple[int, ...] = UNFOLDED, early: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """The weight as [group and tap, destination channel, source channel], zero-padded to whole blocks; fp32 as so many
     TF32 values, one whole packed weight after the other (0: as it is).
 
     roles: the weight's strides along group, source channel and destination channel; taps: along the kernel's axes.
     entries, phases, folded: of folded phases (pack_folded), how many offsets along the width there are in place of taps.
+    early: whether the next launch may begin before this one ends.
     """
     from .kernels.pack import pack_weight
 
@@ -387,6 +390,7 @@ def pack(
         ALIGNED=all(n % 16 == 0 for n in (roles[0], roles[1], c_dst * of_a_run)),
         BLOCK_R=block_r,
         BLOCK_C=block_c,
+        EARLY=early,
     )  # fmt: skip
     return packed
 
@@ -400,7 +404,7 @@ def pack_folded(noted: Record, weight, geometry: Geometry, tile: shift.Shift) ->
     return pack(
         noted, weight, (0, w_i, w_o), taps, 1, c_in, c_out, shift.M, tile.kb, PARTS.get(tile.dtype, 0),
         entries, fold.phases,
-        (axis.stride, axis.padding, axis.dilation, entries, *[value for place in places for value in place][1:]),
+        (axis.stride, axis.padding, axis.dilation, entries, *[value for place in places for value in place][1:]), early=True,
     )  # fmt: skip
 
 
@@ -512,8 +516,6 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     assert isinstance(tile, shift.Shift)
     (batch, c_in), c_out = input.shape[:2], output.shape[1]
     (d_in, h_in, w_in), (d_out, h_out, w_out) = size, out = sizes3(input.shape[2:]), sizes3(output.shape[2:])
-    source = _arrange(noted, input, tile.dtype == "tf32") if chosen.arranged else input
-    x_n, x_c, x_d, x_h, x_w = strides5(source.movedim(-1, 1) if chosen.arranged else source)
     y_n, y_c, y_d, y_h, y_w = strides5(output)
     w_i, w_o, *w_taps = strides5(weight)
     splits, processors = chosen.splits, target_of(input.device).processors
@@ -522,7 +524,9 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         packed = pack_folded(noted, weight, geometry, tile)
     else:
         rows, parts = tile.fold.of_tile, PARTS.get(tile.dtype, 0)
-        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, rows, tile.kb, parts)
+        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, rows, tile.kb, parts, early=True)
+    source = _arrange(noted, input, tile.dtype == "tf32") if chosen.arranged else input
+    x_n, x_c, x_d, x_h, x_w = strides5(source.movedim(-1, 1) if chosen.arranged else source)
     taps, height, width = packed.shape
     w_layout, x_layout = kernels.descriptor_layouts(tile)
     x: torch.Tensor | Described = source
@@ -546,9 +550,10 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         walked.tiles_co, walked.tiles_w, walked.image, walked.blocks, walked.tiles,
         batch, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, bias is not None,
-        walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(),
+        walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(), chosen.arranged,
         tile,
         num_warps=4 * tile.groups,
+        **record.EARLY,
     )  # fmt: skip
     if splits > 1:
         _sum_splits(noted, to, output)

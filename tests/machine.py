@@ -3,7 +3,8 @@
 The partitions of a CTA's warps are threads of which one runs at a time.  Which one goes on, and when a bulk copy arrives,
 is drawn anew with each seed, so that what the rings do not forbid happens sooner or later.  It fails where the GPU would
 hang (everybody waits), count too many arrivals, overwrite an operand before the product that reads it is waited for,
-multiply what is no TF32 value, access memory out of bounds, or store an element twice.  Shared memory begins as NaN, and
+multiply what is no TF32 value, access memory out of bounds, read what an earlier launch writes without waiting for it, or
+store an element twice.  Shared memory begins as NaN, and
 so does what a bulk copy has begun to overwrite.
 
 It knows nothing of layouts, registers and proxies: where swizzled pixels lie (`_rows` and `_view`, which it replaces) and
@@ -13,7 +14,7 @@ what a fence is for, only a GPU can tell.
 import builtins
 import random
 import threading
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -92,10 +93,11 @@ for _name, _function in {
 
 
 class Memory:
-    """Global memory behind a tensor's address: read as doubles; `written` counts the stores to each element."""
+    """Global memory behind a tensor's address: read as doubles; `written` counts the stores to each element.  earlier: whether
+    a launch ahead of this one writes it."""
 
-    def __init__(self, t):
-        self.t = t
+    def __init__(self, t, earlier=False):
+        self.t, self.earlier = t, earlier
         self.size = t.element_size()
         length = t.untyped_storage().nbytes() // self.size - t.storage_offset()
         self.flat = torch.as_strided(t, (length,), (1,), t.storage_offset())
@@ -186,7 +188,8 @@ class Machine:
         self.program, self.grid, self.size = program, grid, size  # size: bytes of an element
         self.draw = random.Random(seed)
         self.copies = []  # under way
-        self.own = threading.local()  # .name: of this thread's partition; .products: that it has not waited for
+        self.own = threading.local()
+        # Of this thread's partition: .name, .products that it has not waited for, whether it .awaited earlier launches.
         self.waiting: dict = {}  # by partition: what it waits for, or None
         self.turn, self.alive, self.error = None, 0, None
         self.changed = threading.Condition()
@@ -209,7 +212,7 @@ class Machine:
         assert not self.copies, "a bulk copy was waited for by nobody"
 
     def _partition(self, name, function, args):
-        self.own.name, self.own.products = name, []
+        self.own.name, self.own.products, self.own.awaited = name, [], False
         try:
             self._sleep()
             function(*args)
@@ -280,6 +283,7 @@ class Machine:
 
     def async_load(self, source, corner, barrier, to, pred=True):
         if pred:
+            assert not source.memory.earlier or self.own.awaited, "an earlier launch is not waited for"
             to.array[...] = np.nan
             self.copies.append((source, [int(i) for i in corner], barrier, to, prod(source.box) * self.size))
         self.step()
@@ -320,8 +324,11 @@ def store(pointer, value, mask):
     memory.data[offsets[mask]] = values[mask]
 
 
-def inline_assembly(text, constraints, args, dtype, is_pure, pack):
+def inline_assembly(machine, text, constraints, args, dtype, is_pure, pack):
     (v,) = args
+    if text.startswith("griddepcontrol.wait; "):
+        machine.own.awaited = True
+        text = text.removeprefix("griddepcontrol.wait; ")
     if text.startswith("mov.b32 $0, 0"):
         return Value(np.zeros_like(raw(v)))
     assert text.startswith("cvt.rn.tf32.f32")
@@ -362,7 +369,7 @@ def namespace(machine, change):
         split=lambda v: (Value(v.a[..., 0]), Value(v.a[..., 1])),
         load=load,
         store=store,
-        inline_asm_elementwise=inline_assembly,
+        inline_asm_elementwise=partial(inline_assembly, machine),
         program_id=lambda axis: Value(machine.program[axis]),
         num_programs=lambda axis: Value(machine.grid[axis]),
         allocate_shared_memory=machine.allocate,
@@ -442,14 +449,18 @@ class Emulated(Record):
 
     def launch(self, kernel, grid, *args, **constants):
         if kernel is not real.shift:
+            # One after the other, as the interpreter launches, which knows no launch that begins before.
+            constants = {k: v if k != "EARLY" else False for k, v in constants.items() if k != "launch_pdl"}
             return super().launch(kernel, grid, *args, **constants)
+        assert constants["launch_pdl"]
         memories: dict = {}
+        made = [id(t) for t in self._known[-len(self._allocations) :]]
 
         def ready(value):
             if isinstance(value, Described):
                 return Descriptor(ready(value.base), value.facts)
             if isinstance(value, torch.Tensor):
-                return memories.setdefault(id(value), Memory(value))
+                return memories.setdefault(id(value), Memory(value, id(value) in made))
             return Value(int(value))
 
         *values, tile = args

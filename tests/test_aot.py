@@ -135,7 +135,9 @@ class Recorder:
         return self.launch
 
     def launch(self, *args, **constants):
-        options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in constants}
+        options = {
+            k: constants.pop(k) for k in ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion") if k in constants
+        }
         assert options["enable_fp_fusion"]  # or Triton 3.9 warns the user, and 3.10 splits multiply-adds
         if "ACC" in constants:
             constants["ACC"] = constants["ACC"].name.replace("fp", "float")

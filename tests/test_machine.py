@@ -182,6 +182,26 @@ CHANGES = {
 }  # fmt: skip
 
 
+AWAITED = {
+    "streamed weights": ("    _await_launches(sizes[4])\n    i = 0\n", "    i = 0\n", False),
+    "resident weights": ("            _await_launches(tiles)\n", "", True),
+    "a copy of the input": ("        _await_launches(sizes[4])\n    if p.how", "        pass\n    if p.how", True),
+}
+
+
+@pytest.mark.parametrize("name", AWAITED)
+def test_earlier_launches_are_waited_for(name):
+    """Whose results these are: the kernel begins before they have ended."""
+    *change, resident = AWAITED[name]
+    g = GEOMETRIES["k2s2" if resident else "k4s2p1"]
+    found = kinds(g, "bf16", 40, 5, 12)
+    kind = next(k for k in found if k[:3] == ("channels", "bulk", "width") and k[5] == resident)
+    tile = found[kind][0][0]
+    run(g, "bf16", tile, False, False, 37, 5, seed=0, arranged=True)
+    with pytest.raises(AssertionError, match="an earlier launch is not waited for"):
+        run(g, "bf16", tile, False, False, 37, 5, seed=0, arranged=True, change=tuple(change))
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_a_gpu_would_punish_is_found(name):
     """Each of these changes to the kernel, in one of a few orders of events."""

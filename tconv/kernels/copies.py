@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .common import round_tf32
 
@@ -32,9 +33,13 @@ def arrange(
     PIECE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """arranged[image, pixel, channel] = x[image, channel, pixel] (LAST: x[image, pixel, channel]) in `pieces` of PIECE channels,
-    which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis."""
+    which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis.
+    EARLY: as of kernels.pack, and whether it began before the launch before it had ended, which it awaits for the next one."""
+    if EARLY:
+        gdc_launch_dependents()
     pitch = pieces * PIECE
     if LAST:
         channels = channels // VECTOR * VECTOR
@@ -56,3 +61,5 @@ def arrange(
         v = round_tf32(v)
     mask = (p < pixels)[:, None] & (c < pitch)[None, :]
     tl.store(arranged + ((image * pixels + p) * pitch)[:, None] + c[None, :], v, mask=mask)
+    if EARLY:
+        gdc_wait()

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .common import round_tf32, split_tf32
 
@@ -16,7 +17,7 @@ def pack_weight(
     weight, packed, c_src, c_dst, taps, kh, kw, w_g, w_s, w_t, w_d, w_h, w_w, width, height, rows,
     stride, padding, dilation, entries, base0, first1, base1, first2, base2, first3, base3,
     PHASES: tl.constexpr, PARTS: tl.constexpr, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """packed[part, group, tap, c_dst, c_src], c_dst and c_src zero-padded to `height` and `width`, a multiple of 16; fp32 as
     PARTS TF32 values (0: as it is, one part), of which each has so many `rows`.
@@ -30,7 +31,10 @@ def pack_weight(
     Of one source channel, its (c_dst, taps) lie in memory as ORDER says: "taps" or "channels" innermost without gaps, or
     "strided".  ALIGNED: whether 16 divides w_g, w_s and how many those are, or in "channels" c_dst.
     A program takes BLOCK_R of these of BLOCK_C source channels, so that it reads and writes runs of addresses.
+    EARLY: whether the next launch may begin before this one ends, and waits for it by itself (on Hopper GPUs).
     """
+    if EARLY:
+        gdc_launch_dependents()
     CHANNELS: tl.constexpr = 64 // PHASES  # of a folded tile
     width = width // 16 * 16  # for the compiler
     if ALIGNED:

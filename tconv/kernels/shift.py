@@ -126,8 +126,14 @@ def _opaque_zero(i):
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# Where the scalars of the depth, the inverses of `image` and `planes`, and a part's first block are among them.
-PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES, FIRST_BLOCK = (gl.constexpr(i) for i in range(21, 29))
+# Where the scalars of the depth, the inverses of `image` and `planes`, a part's first block and `copied` are among them.
+PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES, FIRST_BLOCK, COPIED = (gl.constexpr(i) for i in range(21, 30))
+
+
+@gluon.jit
+def _await_launches(i):
+    """The kernel begins before the launches ahead of it have ended: wait for what they write."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @triton.constexpr_function
@@ -384,6 +390,7 @@ def _push_all(w, ring, full, sizes, p: gl.constexpr):
 @gluon.jit
 def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
     """The packed weight [tap or folded offset, rows of M, input channel], an M x KB block a slot."""
+    _await_launches(sizes[4])
     i = 0
     for t in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
@@ -490,6 +497,8 @@ def _bring_staged(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
 
 @gluon.jit
 def _bring(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
+    if sizes[COPIED] != 0:
+        _await_launches(sizes[4])
     if p.how == "bulk":
         _bring_by_tma(x, ring, full, empty, sizes, p)
     elif p.how == "staged":
@@ -764,7 +773,7 @@ def _phase(
 
 @gluon.jit
 def _multiply(
-    y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, CONSUMER: gl.constexpr, p: gl.constexpr
+    w, y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, CONSUMER: gl.constexpr, p: gl.constexpr
 ):  # fmt: skip
     """One of those who multiply: every tile, its half of every tile's pixels, or every other tile."""
     blocks, tiles = sizes[3], sizes[4]
@@ -772,6 +781,9 @@ def _multiply(
     i = 0
     j = 0
     if p.resident:
+        if CONSUMER == 0:
+            _await_launches(tiles)
+            _push_all(w, weights, w_full, sizes, p)
         mbarrier.wait(w_full.index(0), 0)
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
@@ -800,7 +812,7 @@ def _multiply(
 # The run-time scalars, in the order in which the parts of the kernel find them in `sizes`.
 SCALARS = (
     "tiles_co tiles_w image blocks tiles n_in c_in h_in w_in x_n x_c x_h x_w c_out h_out w_out y_n y_c y_h y_w has_bias "
-    "planes d_in x_d d_out y_d of_part y_part"
+    "planes d_in x_d d_out y_d of_part y_part copied"
 ).split()
 
 
@@ -815,11 +827,12 @@ def shift(
     x, w, bias, y,
     tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
     c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias,
-    planes, d_in, x_d, d_out, y_d, of_part, y_part,
+    planes, d_in, x_d, d_out, y_d, of_part, y_part, copied,
     p: gl.constexpr,
 ):  # fmt: skip
     """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight, `p` a tconv.shift.Shift.  Where that is partial,
-    program (i, part) sums the part's `of_part` blocks of channels alone, into a y of its own, `y_part` elements on."""
+    program (i, part) sums the part's `of_part` blocks of channels alone, into a y of its own, `y_part` elements on.
+    copied: whether the launches ahead of this one write x as well as w."""
     x_n = x_n // p.vector * p.vector
     x_d = x_d // p.vector * p.vector
     x_h = x_h // p.vector * p.vector
@@ -848,7 +861,7 @@ def shift(
     sizes = (
         tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias, planes, d_in, x_d, d_out, y_d,
-        _inverse(image), _inverse(planes), first_block,
+        _inverse(image), _inverse(planes), first_block, copied,
     )  # fmt: skip
     weights = gl.allocate_shared_memory(_element(p), [p.slots * p.parts, M, p.kb], _swizzled(p.kb, p.size))
     if SLICE:
@@ -889,13 +902,11 @@ def shift(
     for s in gl.static_range(gl.constexpr(p.staging)):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
-    if p.resident:
-        _push_all(w, weights, w_full, sizes, p)
     # Spelt out four times: Gluon takes no partition from a variable.
     if p.consumers == 1 and p.resident:
         gl.warp_specialize(
             [
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_multiply, (w, y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
                 (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
             ],
             [p.producers],
@@ -904,7 +915,7 @@ def shift(
     elif p.consumers == 1:
         gl.warp_specialize(
             [
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_multiply, (w, y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
                 (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
                 (_bring_weights, (w, weights, w_full, w_empty, sizes, p)),
             ],
@@ -914,8 +925,8 @@ def shift(
     elif p.resident:
         gl.warp_specialize(
             [
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
+                (_multiply, (w, y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_multiply, (w, y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
                 (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
             ],
             [4, p.producers],
@@ -924,8 +935,8 @@ def shift(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
-                (_multiply, (y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
+                (_multiply, (w, y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 0, p)),
+                (_multiply, (w, y, bias, weights, w_full, w_empty, ring, x_full, x_empty, buffers, sizes, 1, p)),
                 (_bring, (x, staging, ready, ring, x_full, x_empty, sizes, p)),
                 (_bring_weights, (w, weights, w_full, w_empty, sizes, p)),
             ],
