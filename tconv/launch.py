@@ -13,11 +13,13 @@ import torch
 
 from . import aten, columns, few, record, shift
 from .configs import Config, cdiv, power_of_two
-from .dispatch import Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
+from .dispatch import INTERPRET, Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
 from .record import Described, Record, on_device
 
 INT32 = 2**31 - 1
+# A launch with these may begin before the one ahead of it has ended, which must let it (its EARLY); the interpreter knows none.
+EARLY = {} if INTERPRET else {"launch_pdl": True}
 PARTS = {"tf32": 1, "tf32x3": 2}  # TF32 values that a packed fp32 weight becomes
 
 
@@ -290,23 +292,23 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def _arrange(noted: Record, t: torch.Tensor, is_tf32: bool) -> torch.Tensor:
-    """A dense activation as [image, *pixels, channels], rounded if it is to be TF32: what bulk copies take.
-    Behind a weight's packing, beside which it runs."""
+def _arrange(noted: Record, t: torch.Tensor, is_tf32: bool, padded: tuple[int, ...]) -> torch.Tensor:
+    """A dense activation as [image, plane, row, pixel, channel], zeros behind its own, rounded if it is to be TF32: what bulk
+    copies take.  Behind a weight's packing, beside which it runs."""
     from .kernels.copies import arrange
 
-    (batch, channels), size = t.shape[:2], t.shape[2:]
-    pixels, piece = prod(size), 16 // t.element_size()
-    pieces = cdiv(channels, piece)
-    arranged = noted.workspace((batch, *size, pieces * piece), t.dtype, t)
-    block_p = power_of_two(pixels, 16, 64)
+    (batch, channels), size = t.shape[:2], sizes3(t.shape[2:])
+    pixels, piece, last = prod(size), 16 // t.element_size(), is_channels_last(t)
+    pieces, is_padded = cdiv(channels, piece), padded != size
+    arranged = noted.workspace((batch, *padded, pieces * piece), t.dtype, t)
+    block_p = power_of_two(prod(padded), 16, 64)
     block_c = power_of_two(channels, 16, 4096 // block_p)
-    grid = batch * cdiv(pixels, block_p) * cdiv(pieces * piece, block_c)
-    last = is_channels_last(t)
+    grid = batch * cdiv(prod(padded), block_p) * cdiv(pieces * piece, block_c)
+    along = channels if last else gcd(size[2], padded[2]) if is_padded else pixels
     noted.launch(
-        arrange, grid, t, arranged, pixels, channels, pieces,
-        LAST=last, ROUND=is_tf32, VECTOR=gcd(channels if last else pixels, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c,
-        EARLY=True, **record.EARLY,
+        arrange, grid, t, arranged, pixels, channels, pieces, *size[1:], *padded[1:], prod(padded),
+        LAST=last, ROUND=is_tf32, VECTOR=gcd(along, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c, PADDED=is_padded,
+        EARLY=True, **EARLY,
     )  # fmt: skip
     return arranged
 
@@ -525,7 +527,8 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     else:
         rows, parts = tile.fold.of_tile, PARTS.get(tile.dtype, 0)
         packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, rows, tile.kb, parts, early=True)
-    source = _arrange(noted, input, tile.dtype == "tf32") if chosen.arranged else input
+    padded = (walked.planes, walked.image, tile.box) if tile.strip else size
+    source = _arrange(noted, input, tile.dtype == "tf32", padded) if chosen.arranged else input
     x_n, x_c, x_d, x_h, x_w = strides5(source.movedim(-1, 1) if chosen.arranged else source)
     taps, height, width = packed.shape
     w_layout, x_layout = kernels.descriptor_layouts(tile)
@@ -538,6 +541,9 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         if not tile.volume:
             order.remove(1)
         shape, strides, box = ([each[i] for i in order] for each in (shape, strides, box))
+        if tile.strip:  # all pixels one after the other
+            pitch = source.shape[-1] if chosen.arranged else c_in
+            shape, strides, box = [batch * prod(padded), c_in], [pitch, 1], [tile.of_copy, tile.kb]
         strides[-1] = 1
         # Of fp32 that no thread has rounded, the copies do: as Triton 3.7 and later can ask for.
         rounding = ("zero", True) if tile.rounds and not chosen.arranged else ()
@@ -553,7 +559,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(), chosen.arranged,
         tile,
         num_warps=4 * tile.groups,
-        **record.EARLY,
+        **EARLY,
     )  # fmt: skip
     if splits > 1:
         _sum_splits(noted, to, output)

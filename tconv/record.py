@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")  # what a launch is told beside the kernel's own parameters
-# A launch with these may begin before the one ahead of it has ended, which must let it (EARLY).
-EARLY = {"launch_pdl": True}
 # Multiplications and additions become one instruction: asked for, as Triton 3.10 will not do it by itself (and 3.9 warns).
 FUSED = {"enable_fp_fusion": True}
 

@@ -449,10 +449,7 @@ class Emulated(Record):
 
     def launch(self, kernel, grid, *args, **constants):
         if kernel is not real.shift:
-            # One after the other, as the interpreter launches, which knows no launch that begins before.
-            constants = {k: v if k != "EARLY" else False for k, v in constants.items() if k != "launch_pdl"}
             return super().launch(kernel, grid, *args, **constants)
-        assert constants["launch_pdl"]
         memories: dict = {}
         made = [id(t) for t in self._known[-len(self._allocations) :]]
 

@@ -12,7 +12,7 @@ import tconv
 from tconv import dispatch, launch, shift
 from tconv.configs import Target
 from tconv.dispatch import Problem, plan
-from tconv.geometry import Geometry
+from tconv.geometry import Geometry, sizes3
 from tconv.record import Record
 from tconv.workloads import SUITES, layers
 
@@ -81,10 +81,15 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
             readings = [(tap * g.axes3[1].kernel + kh, delta, d) for tap, delta, _ in readings for kh, d in rows]
         for tap, delta, low in readings:
             stage = torch.full((tile.ring, c_in), torch.nan, dtype=x.dtype)
-            for p in range(tile.halo_rows * tile.box):
-                v, column = row + low + p // tile.box, tile_w * tile.useful + tile.low_w + p % tile.box
+            for p in range(tile.halo_rows * tile.of_copy):
+                if tile.strip:  # of a copy with zeros behind each row, plane and image
+                    v, column = divmod(row + low * tile.box + tile.low_w + p, tile.box)
+                else:
+                    v, column = row + low + p // tile.box, tile_w * tile.useful + tile.low_w + p % tile.box
                 m, h = divmod(v, walked.image)
                 n, d = m // walked.planes, m % walked.planes + delta
+                if tile.strip:
+                    n, d = divmod(m + delta, walked.planes)
                 inside = 0 <= n < batch and 0 <= d < size[0] and h < size[1] and 0 <= column < size[2]
                 for i, (part, _) in enumerate(parts):
                     stage[i * tile.part + p] = part[n, :, d, h, column] if inside else 0
@@ -102,11 +107,17 @@ def carried_out(tile: shift.Shift, g: Geometry, x, w):
                         acc[accumulator] += packed[base + block + tile.whole] @ seen.T
         for a in phases if tile.all_phases else (index,):
             for p in range(tile.of_tile):
-                r, column = divmod(p, tile.box)
-                m, q = divmod(row + r, walked.image)
+                r, column = divmod(row + p if tile.strip else p, tile.box)
+                m, q = divmod(r if tile.strip else row + r, walked.image)
                 n, od = m // walked.planes, m % walked.planes * tile.depth.stride + phase_d
                 oh = q * tile.height.stride + a
-                if not (r < tile.rows and column < tile.useful and n < batch and od < output[0] and oh < output[1]):
+                if not (
+                    (tile.strip or r < tile.rows)
+                    and column < tile.useful
+                    and n < batch
+                    and od < output[0]
+                    and oh < output[1]
+                ):
                     continue
                 for b in range(tile.stride_w):
                     ow = (tile_w * tile.useful + column) * tile.stride_w + b
@@ -174,13 +185,16 @@ def test_tiles_make_the_convolution(name, dtype):
     where = dict(stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation)
     exact = ATEN[g.ndim](x, w, **where)
     kinds = set()
+    apart = shift.apart(g.axes3, sizes3(x.shape[2:]), sizes3(exact.shape[2:]))[2]
     for source, vector, how in (
         ("width", 2, "threads"),
         ("width", 2, "staged"),
         ("channels", 1, "staged" if dtype == "tf32x3" else "bulk"),
+        *([] if dtype == "tf32x3" else [("channels", 1, "strip")]),
     ):
         columns = -(-exact.shape[-1] // g.stride[-1])
-        for candidate in shift.candidates(g.axes3, dtype, columns, 20, 3, how, vector):
+        strip = apart if how == "strip" else 0
+        for candidate in shift.candidates(g.axes3, dtype, columns, 20, 3, "bulk" if strip else how, vector, strip):
             tile = shift.make(g.axes3, dtype, 20, 3, *candidate, source, "width", vector, 4, g.ndim == 3)
             # One tile of each kind: the CPU carries them out pixel by pixel.
             if tile is None:
@@ -297,7 +311,7 @@ def test_tiles_fit(suite):
             output = tile.consumers * tile.fold.channels * tile.chunk * tile.joined * tile.dst_size
             staging = tile.staging * tile.bring * tile.kb
             assert (rows * tile.kb + staging) * tile.size + output <= shift.SHARED
-            assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.box
+            assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.of_copy
             held = tile.all_phases and (tile.height.stride > 1 or tile.work == "tiles")
             assert tile.stages >= (blocks * readings + 1 if held else 2)
             assert tile.work != "tiles" or (tile.resident and tile.all_phases)

@@ -19,7 +19,7 @@ INK, LINE, GRID, HALO, PAPER = "#212529", "#495057", "#adb5bd", "#ced4da", "#f1f
 FULL, EMPTY = "#2b8a3e", "#862e9c"  # barriers
 AXIS, LONG = Axis(4, 2, 1, 1), Axis(16, 8, 4, 1)
 # k4 s2 p1 from 64 to 128 channels of 16 bits, NCHW out: 16 pixels a row, 128 an accumulator, 64 channels, bulk copies.
-FORM = 16, 128, 64, "tiles", True, False, (1, 2), "bulk", "channels", "width", 8, 4, False
+FORM = 16, 128, 64, "tiles", True, False, (1, 2), "bulk", False, "channels", "width", 8, 4, False
 TILE = shift.make((Axis(1, 1, 0, 1), AXIS, AXIS), "bf16", 64, 128, *FORM)
 SHIFTS = [{divmod(block, AXIS.kernel): by for _, block, by in taps} for taps in TILE.taps]  # of (kh, kw), by phase
 WIDTH, HEIGHT = 90, 132  # tenths of an inch

@@ -2,9 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .common import round_tf32
+from .common import gdc_launch_dependents, gdc_wait, round_tf32
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -20,46 +19,65 @@ def _name(specialization):
     return f"tconv_arrange_{source}{'_tf32' if c['ROUND'] else ''}_{c['BLOCK_P']}x{c['BLOCK_C']}"
 
 
-@triton.jit(repr=_name, do_not_specialize=["pixels", "channels", "pieces"])
+@triton.jit(
+    repr=_name, do_not_specialize=["pixels", "channels", "pieces", "height", "width", "rows", "pitch", "padded"]
+)
 def arrange(
     x,
     arranged,
     pixels,
     channels,
     pieces,
+    height,
+    width,
+    rows,
+    pitch,
+    padded,
     LAST: tl.constexpr,
     ROUND: tl.constexpr,
     VECTOR: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PADDED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """arranged[image, pixel, channel] = x[image, channel, pixel] (LAST: x[image, pixel, channel]) in `pieces` of PIECE channels,
     which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis.
+    PADDED: an image has `padded` pixels, in planes of `rows` rows of `pitch`, of which x has `height` of `width`; zeros beyond.
     EARLY: as of kernels.pack, and whether it began before the launch before it had ended, which it awaits for the next one."""
     if EARLY:
         gdc_launch_dependents()
-    pitch = pieces * PIECE
+    all_channels = pieces * PIECE
     if LAST:
         channels = channels // VECTOR * VECTOR
     else:
         pixels = pixels // VECTOR * VECTOR
-    tiles_p = tl.cdiv(pixels, BLOCK_P)
-    tiles_c = tl.cdiv(pitch, BLOCK_C)
+        width = width // VECTOR * VECTOR
+        pitch = pitch // VECTOR * VECTOR
+    tiles_p = tl.cdiv(padded, BLOCK_P)
+    tiles_c = tl.cdiv(all_channels, BLOCK_C)
     tile = tl.program_id(0)
     p = tile % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tile // tiles_p % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     image = tile // tiles_p // tiles_c
+    at = p
+    there = p < pixels
+    if PADDED:
+        w = p % pitch
+        h = p // pitch % rows
+        d = p // pitch // rows
+        at = (d * height + h) * width + w
+        there = (w < width) & (h < height) & (at < pixels)
     if LAST:
-        mask = (p < pixels)[:, None] & (c < channels)[None, :]
-        v = tl.load(x + ((image * pixels + p) * channels)[:, None] + c[None, :], mask=mask, other=0.0)
+        mask = there[:, None] & (c < channels)[None, :]
+        v = tl.load(x + ((image * pixels + at) * channels)[:, None] + c[None, :], mask=mask, other=0.0)
     else:
-        mask = (c < channels)[:, None] & (p < pixels)[None, :]
-        v = tl.trans(tl.load(x + ((image * channels + c) * pixels)[:, None] + p[None, :], mask=mask, other=0.0))
+        mask = (c < channels)[:, None] & there[None, :]
+        v = tl.trans(tl.load(x + ((image * channels + c) * pixels)[:, None] + at[None, :], mask=mask, other=0.0))
     if ROUND:
         v = round_tf32(v)
-    mask = (p < pixels)[:, None] & (c < pitch)[None, :]
-    tl.store(arranged + ((image * pixels + p) * pitch)[:, None] + c[None, :], v, mask=mask)
+    mask = (p < padded)[:, None] & (c < all_channels)[None, :]
+    tl.store(arranged + ((image * padded + p) * all_channels)[:, None] + c[None, :], v, mask=mask)
     if EARLY:
         gdc_wait()

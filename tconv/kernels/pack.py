@@ -2,9 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from .common import round_tf32, split_tf32
+from .common import gdc_launch_dependents, round_tf32, split_tf32
 
 
 @triton.jit(

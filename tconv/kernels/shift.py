@@ -38,7 +38,7 @@ def _swizzled(width, size, rank=2, transposed=False):
 
 def descriptor_layouts(p):
     """Of the blocks of weights, and of the input that a bulk copy brings."""
-    rank = 5 if p.volume else 4
+    rank = 2 if p.strip else 5 if p.volume else 4
     pixels_inside = p.how == "staged" and p.src_layout == "width"
     return _swizzled(p.kb, p.size, 2), _swizzled(p.bring if pixels_inside else p.kb, p.size, rank)
 
@@ -292,15 +292,19 @@ def _copy(x, to, ready, row, column, kb, delta, sizes, PIXELS: gl.constexpr, p: 
 
 
 @gluon.jit
-def _copy_row(x, ring, ready, s, row, j, tile_w, kb, delta, sizes, p: gl.constexpr):
-    """Row j of a tile into stage s."""
-    to = _rows(ring, s * p.pitch + j * p.box, p.box, p)
-    _copy(x, to, ready, row + j, tile_w * p.useful + p.low_w, kb, delta, sizes, p.box, p, True)
+def _copy_row(x, ring, ready, s, row, low, j, tile_w, kb, delta, sizes, p: gl.constexpr):
+    """Row j of a tile, or 64 pixels of a strip, into stage s; it begins at `row`, or that pixel, and `low` rows further on."""
+    to = _rows(ring, s * p.pitch + j * p.of_copy, p.of_copy, p)
+    if p.strip:
+        at = row + (low + delta * sizes[2]) * p.box + p.low_w
+        async_load(x, [at + j * p.of_copy, kb * p.kb], ready, to)
+    else:
+        _copy(x, to, ready, row + low + j, tile_w * p.useful + p.low_w, kb, delta, sizes, p.box, p, True)
 
 
 @gluon.jit
 def _bring_by_tma(x, ring, full, empty, sizes, p: gl.constexpr):
-    """channels_last, or a copy with its channels innermost: a bulk copy a row of pixels."""
+    """channels_last, or a copy with its channels innermost: a bulk copy a row of pixels, or 64 pixels of a strip."""
     blocks, tiles = sizes[3], sizes[4]
     i = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -310,13 +314,13 @@ def _bring_by_tma(x, ring, full, empty, sizes, p: gl.constexpr):
             kb, base, delta, low = _block(b, sizes, readings, p)
             s = i % p.stages
             mbarrier.wait(empty.index(s), (i // p.stages & 1) ^ 1)
-            mbarrier.expect(full.index(s), p.halo_rows * p.box * p.kb * p.size)
+            mbarrier.expect(full.index(s), p.halo_rows * p.of_copy * p.kb * p.size)
             if p.halo_rows <= 12:
                 for j in gl.static_range(gl.constexpr(p.halo_rows)):
-                    _copy_row(x, ring, full.index(s), s, row + low, j, tile_w, kb, delta, sizes, p)
+                    _copy_row(x, ring, full.index(s), s, row, low, j, tile_w, kb, delta, sizes, p)
             else:  # unrolled, so many rows would spill
                 for j in range(0, p.halo_rows):
-                    _copy_row(x, ring, full.index(s), s, row + low, j, tile_w, kb, delta, sizes, p)
+                    _copy_row(x, ring, full.index(s), s, row, low, j, tile_w, kb, delta, sizes, p)
             i += 1
 
 
@@ -534,17 +538,25 @@ def _here(i, p: gl.constexpr):
 
 
 @gluon.jit
-def _where(row, q, phase_d, sizes, p: gl.constexpr):
-    """Of row q of a tile: the element offset of its output row, of phase 0 along the height; the row's number in that
-    phase; and whether it exists."""
+def _where(row, at, UNIT: gl.constexpr, phase_d, sizes, p: gl.constexpr):
+    """Of index `at` of a tile, of UNIT indices a pixel: the element offset of its output row, of phase 0 along the height; the
+    row's number in that phase; whether it exists; and the index in the row."""
     n_in, y_n = sizes[5], sizes[16]
-    n, d, h = _planes(row + q, sizes, p)
-    ok = (q < p.rows) & (n < n_in)
+    if p.strip:
+        at += row * UNIT
+        n, d, h = _planes(at // (p.box * UNIT), sizes, p)
+        ok = n < n_in
+    else:
+        q = at // (p.box * UNIT)
+        n, d, h = _planes(row + q, sizes, p)
+        ok = (q < p.rows) & (n < n_in)
+    column = at % (p.box * UNIT)
+    ok = ok & (column < p.useful * UNIT)
     if p.volume:
         d = d * p.depth.stride + phase_d
-        return n * y_n + d * sizes[Y_D], h, ok & (d < sizes[D_OUT])
+        return n * y_n + d * sizes[Y_D], h, ok & (d < sizes[D_OUT]), column
     else:
-        return n * y_n, h, ok
+        return n * y_n, h, ok, column
 
 
 @gluon.jit
@@ -570,10 +582,9 @@ def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: g
     i = gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout))
     flat = _flat(i, FIRST, p.joined, p) + _here(co, p) * 16
     c = co + gl.arange(0, p.dst_channels, layout=gl.SliceLayout(1, layout))
-    offset, q, ok = _where(row, flat // (p.box * p.joined), phase_d, sizes, p)
+    offset, q, ok, column = _where(row, flat, p.joined, phase_d, sizes, p)
     h = q * p.height.stride + phase
-    column = flat % (p.box * p.joined)
-    ok = ok & (column < p.useful * p.joined) & (h < h_out)
+    ok = ok & (h < h_out)
     if p.joined == p.stride_w:
         w = tile_w * (p.useful * p.joined) + column
     else:  # there are fewer phases than rows
@@ -602,11 +613,10 @@ def _store_channels(
     i = gl.arange(0, p.chunk * F, layout=gl.SliceLayout(1, layout))
     flat = _flat(i, FIRST, F, p) + _here(co, p) * 16
     c = co + gl.arange(0, p.dst_channels, layout=gl.SliceLayout(0, layout))
-    offset, q, ok = _where(row, flat // F // p.box, phase_d, sizes, p)
+    offset, q, ok, column = _where(row, flat, F, phase_d, sizes, p)
     h = q * p.height.stride + phase
-    column = flat // F % p.box
-    w = (tile_w * p.useful + column) * p.stride_w + p.fold.first[G] + flat % F
-    ok = ok & (column < p.useful) & (h < h_out) & (w < w_out)
+    w = (tile_w * p.useful + column // F) * p.stride_w + p.fold.first[G] + flat % F
+    ok = ok & (h < h_out) & (w < w_out)
     if p.fold.many[G] < F:
         ok = ok & (flat % F < p.fold.many[G])
     gl.store(y + (offset + h * y_h + w * y_w)[:, None] + c[None, :], v, mask=ok[:, None] & (c < c_out)[None, :])
@@ -819,7 +829,8 @@ SCALARS = (
 def _name(specialization):
     p = specialization.constants["p"]
     layouts = f"{p.src_layout}_{p.dst_layout}"
-    return f"tconv_shift_forward_{layouts}_{p.dtype}_{p.rows}x{p.box}x{p.kb}_{p.work}"
+    pixels = f"{p.of_tile}of{p.box}" if p.strip else f"{p.rows}x{p.box}"
+    return f"tconv_shift_forward_{layouts}_{p.dtype}_{pixels}x{p.kb}_{p.work}"
 
 
 @gluon.jit(repr=_name, do_not_specialize=SCALARS)
