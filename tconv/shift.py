@@ -647,8 +647,10 @@ def _ways(
         return
     # Zeros between rows: two neighbours are stored at once at least, where outputs allow four of a phase.
     columns = cdiv(columns, 2) * 2 if axes[2].stride > 1 or output[2] % 4 else cdiv(columns, 4) * 4
+    # Folds of more phases have no registers for a strip's pixels.
+    most = MOST_STRIP_WIDTH if axes[2].stride <= LONG_STRIDE else 0
     for padded, strip in ((prod(size), 0), (planes * rows * columns, columns)):
-        if (strip or not bulk) and strip <= MOST_STRIP_WIDTH and batch * padded * (c_in + 8) <= MOST_COPIED:
+        if (strip or not bulk) and strip <= most and batch * padded * (c_in + 8) <= MOST_COPIED:
             together = gcd(vector, strip) if strip else vector
             copying = arranging(batch, c_in, prod(size), padded, element, together, last, processors)
             yield "bulk", "channels", 16 // element, copying, strip

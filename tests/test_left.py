@@ -3,13 +3,15 @@
 import pytest
 import torch
 from oracle import ATEN, errors, passes
-from test_passes import CASES, TCONV, by_id, make
+from test_passes import CASES, TCONV, Case, by_id, make
 
 import tconv
 from tconv import dispatch, launch, record
 from tconv.configs import Target
 
 HOPPER = Target("cuda", 90, 132)
+GRADIENTS = {"backward_input", "backward_weight"}
+WIDE_GROUPS = Case("wide groups", (1, 128, 4, 4), (128, 64, 3, 3), dict(stride=2, groups=2))
 DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
 
 
@@ -29,9 +31,11 @@ def plans(case, dtype, target, tf32, monkeypatch):
 @pytest.mark.parametrize(
     "case, dtype, tf32, left",
     [
-        (DENSE, torch.float16, False, {"backward_input", "backward_weight"}),
-        (DENSE, torch.bfloat16, True, {"backward_input", "backward_weight"}),
-        (DENSE, torch.float32, True, {"backward_input", "backward_weight"}),
+        (DENSE, torch.float16, False, GRADIENTS),
+        (DENSE, torch.bfloat16, True, GRADIENTS),
+        (DENSE, torch.float32, True, GRADIENTS),
+        (WIDE_GROUPS, torch.float16, False, {"forward", *GRADIENTS}),
+        (WIDE_GROUPS, torch.float32, False, set()),
         (DENSE, torch.float32, False, set()),
         (by_id("2d_groups3"), torch.float32, True, {"backward_input"}),  # narrow groups have better than TF32
         (DEPTHWISE, torch.float32, True, {"backward_input"}),
