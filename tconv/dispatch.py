@@ -87,7 +87,9 @@ class Plan:
     config: Config | few.Few | columns.Columns | shift.Shift | None = None
     splits: int = 1
     tiles_per_split: int = 0
-    arranged: bool = False  # shift: whether the input is first copied, channels innermost and at TF32 rounded
+    arranged: bool = (
+        False  # shift: whether the input is first copied, channels innermost, at TF32 rounded, for strips with zeros
+    )
 
 
 def refuse(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:

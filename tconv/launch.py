@@ -18,8 +18,8 @@ from .geometry import Geometry, sizes3
 from .record import Described, Record, on_device
 
 INT32 = 2**31 - 1
-# A launch with these may begin before the one ahead of it has ended, which must let it (its EARLY); the interpreter knows none.
-EARLY = {} if INTERPRET else {"launch_pdl": True}
+# A launch with these may begin before the one ahead of it has ended, if that lets it; the interpreter knows no such thing.
+OVERLAPPING = {} if INTERPRET else {"launch_pdl": True}
 PARTS = {"tf32": 1, "tf32x3": 2}  # TF32 values that a packed fp32 weight becomes
 
 
@@ -292,25 +292,23 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def _arrange(noted: Record, t: torch.Tensor, is_tf32: bool, padded: tuple[int, ...]) -> torch.Tensor:
-    """A dense activation as [image, plane, row, pixel, channel], zeros behind its own, rounded if it is to be TF32: what bulk
-    copies take.  Behind a weight's packing, beside which it runs."""
+def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bool) -> None:
+    """Write a dense activation as [image, plane, row, pixel, channel], with zeros up to arranged's size, rounded if it is to be
+    TF32: what bulk copies take.  Launched next after a weight's packing, beside which it runs and after which it ends."""
     from .kernels.copies import arrange
 
-    (batch, channels), size = t.shape[:2], sizes3(t.shape[2:])
+    channels, size, (batch, *padded, pitch) = t.shape[1], sizes3(t.shape[2:]), arranged.shape
     pixels, piece, last = prod(size), 16 // t.element_size(), is_channels_last(t)
-    pieces, is_padded = cdiv(channels, piece), padded != size
-    arranged = noted.workspace((batch, *padded, pieces * piece), t.dtype, t)
+    is_padded = tuple(padded) != size
     block_p = power_of_two(prod(padded), 16, 64)
     block_c = power_of_two(channels, 16, 4096 // block_p)
-    grid = batch * cdiv(prod(padded), block_p) * cdiv(pieces * piece, block_c)
+    grid = batch * cdiv(prod(padded), block_p) * cdiv(pitch, block_c)
     along = channels if last else gcd(size[2], padded[2]) if is_padded else pixels
     noted.launch(
-        arrange, grid, t, arranged, pixels, channels, pieces, *size[1:], *padded[1:], prod(padded),
+        arrange, grid, t, arranged, pixels, channels, pitch // piece, *size[1:], *padded[1:], prod(padded),
         LAST=last, ROUND=is_tf32, VECTOR=gcd(along, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c, PADDED=is_padded,
-        EARLY=True, **EARLY,
+        **OVERLAPPING,
     )  # fmt: skip
-    return arranged
 
 
 def backward_bias(grad_output) -> torch.Tensor:
@@ -522,13 +520,20 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     w_i, w_o, *w_taps = strides5(weight)
     splits, processors = chosen.splits, target_of(input.device).processors
     walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, processors, splits)
+    padded = (walked.planes, walked.image, tile.box) if tile.strip else size
+    # All workspaces come before the first launch: where torch fills them, its launches must not come between these.
+    to = output if splits == 1 else _partial_sums(noted, output, splits)
+    source = input
+    if chosen.arranged:
+        piece = 16 // input.element_size()
+        source = noted.workspace((batch, *padded, cdiv(c_in, piece) * piece), input.dtype, input)
     if tile.fold.phases > 1:
         packed = pack_folded(noted, weight, geometry, tile)
     else:
         rows, parts = tile.fold.of_tile, PARTS.get(tile.dtype, 0)
         packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, rows, tile.kb, parts, early=True)
-    padded = (walked.planes, walked.image, tile.box) if tile.strip else size
-    source = _arrange(noted, input, tile.dtype == "tf32", padded) if chosen.arranged else input
+    if chosen.arranged:
+        _arrange(noted, input, source, tile.dtype == "tf32")
     x_n, x_c, x_d, x_h, x_w = strides5(source.movedim(-1, 1) if chosen.arranged else source)
     taps, height, width = packed.shape
     w_layout, x_layout = kernels.descriptor_layouts(tile)
@@ -548,7 +553,6 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         # Of fp32 that no thread has rounded, the copies do: as Triton 3.7 and later can ask for.
         rounding = ("zero", True) if tile.rounds and not chosen.arranged else ()
         x = Described(source, (shape, strides, box, x_layout, *rounding))
-    to = output if splits == 1 else _partial_sums(noted, output, splits)
     noted.launch(
         kernels.shift, (walked.grid, splits),
         x, Described(packed, ([taps * height, width], [width, 1], [shift.M, tile.kb], w_layout)),
@@ -559,7 +563,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(), chosen.arranged,
         tile,
         num_warps=4 * tile.groups,
-        **EARLY,
+        **OVERLAPPING,
     )  # fmt: skip
     if splits > 1:
         _sum_splits(noted, to, output)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")  # what a launch is told beside the kernel's own parameters
 # Multiplications and additions become one instruction: asked for, as Triton 3.10 will not do it by itself (and 3.9 warns).
 FUSED = {"enable_fp_fusion": True}
 
@@ -75,7 +74,7 @@ class Record:
         if not hasattr(compiled, "__getitem__"):  # the interpreter compiles nothing
             self._complete = False
             return
-        named = dict(zip(kernel.arg_names, args)) | {k: v for k, v in constants.items() if k not in OPTIONS}
+        named = dict(zip(kernel.arg_names, args)) | constants
         values = [named[name] for name in kernel.arg_names]
         places = []  # (position, which of the known tensors, its descriptor's facts)
         for i, value in enumerate(values):

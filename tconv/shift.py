@@ -419,7 +419,7 @@ def apart(axes, size, output) -> tuple[int, ...]:
     for axis, n, o in zip(axes, size, output):
         quotient = cdiv(o, axis.stride)
         reach = [d for a in range(axis.stride) for _, d in axis.taps(a)]
-        found.append(max(quotient, quotient + max(0, *reach, 0), n - min(0, *reach, 0)))
+        found.append(max(quotient + max(0, *reach), n - min(0, *reach)))
     return tuple(found)
 
 
@@ -600,7 +600,7 @@ def refuse(geometry, c_in, large, precision, source, destination, target: Target
 
 # Below this share of the tensor core's rate or of the memory's, whichever is higher, by the model above, the portable
 # kernels fill the GPU better.
-LEAST_SHARE = 0.05
+LEAST_SHARE = 0.04
 
 
 def arranging(
@@ -626,18 +626,21 @@ def _parts(walked: Walk, results: int) -> list[int]:
 
 
 def _ways(
-    axes, batch: int, c_in: int, size, output, element: int, vector: int, last: bool, dtype: str, dense: bool, rounding: bool,
-    processors,
+    axes, batch: int, c_in: int, size, output, element: int, vector: int, last: bool, along_width: bool, dtype: str, dense: bool,
+    rounding: bool, processors,
 ) -> Iterator[tuple[str, str, int, float, int]]:  # fmt: skip
     """How the input may come to the tile, from which layout, by how many elements a load, the cycles of copying it before, and
-    from row to row of strips, or 0."""
+    from row to row of strips, or 0.  along_width: whether the output's pixels are neighbours in memory."""
     layout = "channels" if last else "width"
     loaded = gcd(vector, c_in, 16 // element) if last else min(vector, 4 // element)
     bulk = last and vector * element >= 16 and (element == 2 or (dtype == "tf32" and rounding))
     planes, rows, columns = apart(axes, size, output)
+    # Folds of more phases have no registers for a strip's pixels.
+    most = MOST_STRIP_WIDTH if axes[2].stride <= LONG_STRIDE else 0
+    as_it_is = bulk and dense and (planes, rows, columns) == size and c_in * element % 16 == 0
     if bulk:
         yield "bulk", layout, loaded, 0.0, 0
-        if dense and [planes, rows, columns] == list(size) and columns <= MOST_STRIP_WIDTH:
+        if as_it_is and columns <= most:
             yield "bulk", layout, loaded, 0.0, columns
     if not (bulk and element == 2):
         if vector * element >= 16:
@@ -645,12 +648,11 @@ def _ways(
         yield "threads", layout, loaded, 0.0, 0
     if not dense or dtype == "tf32x3":
         return
-    # Zeros between rows: two neighbours are stored at once at least, where outputs allow four of a phase.
-    columns = cdiv(columns, 2) * 2 if axes[2].stride > 1 or output[2] % 4 else cdiv(columns, 4) * 4
-    # Folds of more phases have no registers for a strip's pixels.
-    most = MOST_STRIP_WIDTH if axes[2].stride <= LONG_STRIDE else 0
+    if not last or along_width:  # several neighbours are loaded or stored at once
+        step = 4 if axes[2].stride == 1 and output[2] % 4 == 0 else 2
+        columns = cdiv(columns, step) * step
     for padded, strip in ((prod(size), 0), (planes * rows * columns, columns)):
-        if (strip or not bulk) and strip <= most and batch * padded * (c_in + 8) <= MOST_COPIED:
+        if (not as_it_is if strip else not bulk) and strip <= most and batch * padded * (c_in + 8) <= MOST_COPIED:
             together = gcd(vector, strip) if strip else vector
             copying = arranging(batch, c_in, prod(size), padded, element, together, last, processors)
             yield "bulk", "channels", 16 // element, copying, strip
@@ -674,7 +676,19 @@ def _choices(
     results = batch * prod(output) * c_out
     moved = element * (batch * prod(size) * c_in + results)
     for how, layout, loaded, copying, strip in _ways(
-        axes, batch, c_in, size, output, element, vector, last, dtype, dense, rounding, processors
+        axes,
+        batch,
+        c_in,
+        size,
+        output,
+        element,
+        vector,
+        last,
+        dst_layout == "width",
+        dtype,
+        dense,
+        rounding,
+        processors,
     ):
         along = 1 if layout == "channels" else loaded
         for candidate in candidates(axes, dtype, columns, c_in, c_out, how, along, strip):

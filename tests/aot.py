@@ -81,6 +81,7 @@ def compile_launch(job):
         "shared": compiled.metadata.shared,
         "matrix": [name for name, text in MATRIX_INSTRUCTIONS.items() if text in assembly],
         "bulk": "cp.async.bulk.tensor" in assembly,
+        "overlaps": [name for name in ("launch_dependents", "wait") if f"griddepcontrol.{name}" in assembly],
         "copied": copied(assembly, 32 * compiled.metadata.num_warps),
     }
     return result | (amd_resources(assembly) if backend == "hip" else nvidia_resources(log.getvalue()))

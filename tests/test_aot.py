@@ -101,7 +101,7 @@ HOPPER_LAYERS = {
     "runs-bf16": (layer(256, 128, 11, (4000,), 1, stride=5, padding=3), BF16, FIRST, True),
     "long-tf32": (layer(80, 80, 1024, (63,), 12, stride=256), FP32, FIRST, True),
     "strips-bf16-nchw": (layer(768, 384, 3, (6, 6), 128, stride=2, padding=1, output_padding=1), BF16, FIRST, True),
-    "strips-tf32-ncdhw": (layer(128, 128, 3, (8, 14, 14), 4, stride=2, padding=1, output_padding=1), FP32, FIRST, True),
+    "strips-tf32-ncdhw": (layer(64, 64, 3, (12, 16, 32), 3, stride=2, padding=1, output_padding=1), FP32, FIRST, True),
     "strips-tf32-ndhwc": (layer(384, 192, 2, (6, 6, 6), 8, stride=2), FP32, LAST, True),
     "parts-fp16-nhwc": (layer(1024, 256, 4, (16, 16), 1, stride=2, padding=1), FP16, LAST, True),
 }
@@ -197,6 +197,12 @@ def record(target: Target) -> list[dict]:
     return list(launches.values())
 
 
+def overlapping(launch) -> list[str]:
+    """What a kernel says to the launch behind it, and that it waits for those ahead."""
+    begins = {"shift": ["wait"], "arrange": ["launch_dependents", "wait"]}
+    return begins.get(launch["kernel"], ["launch_dependents"] if launch["constants"].get("EARLY") else [])
+
+
 def judge(launch, result, target: str):
     """What is wrong with a compiled launch, in words."""
     if "error" in result:
@@ -210,6 +216,8 @@ def judge(launch, result, target: str):
         yield f"{result['spills']} bytes (or, on AMD, registers) spilled"
     if launch["kernel"] == "shift" and not result["bulk"]:
         yield "no bulk copy"
+    if result["overlaps"] != overlapping(launch):
+        yield f"of launches that overlap it has {result['overlaps']}, expected {overlapping(launch)}"
     if "PRECISION" in constants or launch["kernel"] == "shift":
         # wgmma has no tile of fewer than 64 rows.
         wanted = (

@@ -312,6 +312,7 @@ def test_tiles_fit(suite):
             staging = tile.staging * tile.bring * tile.kb
             assert (rows * tile.kb + staging) * tile.size + output <= shift.SHARED
             assert tile.ring >= tile.stages * tile.pitch >= tile.stages * tile.halo_rows * tile.of_copy
+            assert not tile.strip or tile.dst_layout == "channels" or tile.box * tile.joined % tile.dst_vector == 0
             held = tile.all_phases and (tile.height.stride > 1 or tile.work == "tiles")
             assert tile.stages >= (blocks * readings + 1 if held else 2)
             assert tile.work != "tiles" or (tile.resident and tile.all_phases)

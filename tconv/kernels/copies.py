@@ -40,14 +40,12 @@ def arrange(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PADDED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """arranged[image, pixel, channel] = x[image, channel, pixel] (LAST: x[image, pixel, channel]) in `pieces` of PIECE channels,
-    which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis.
+    which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis, and `pitch` where that is the width.
     PADDED: an image has `padded` pixels, in planes of `rows` rows of `pitch`, of which x has `height` of `width`; zeros beyond.
-    EARLY: as of kernels.pack, and whether it began before the launch before it had ended, which it awaits for the next one."""
-    if EARLY:
-        gdc_launch_dependents()
+    It begins before the launch ahead of it has ended and lets the next one begin, for which it waits at its end."""
+    gdc_launch_dependents()
     all_channels = pieces * PIECE
     if LAST:
         channels = channels // VECTOR * VECTOR
@@ -79,5 +77,4 @@ def arrange(
         v = round_tf32(v)
     mask = (p < padded)[:, None] & (c < all_channels)[None, :]
     tl.store(arranged + ((image * padded + p) * all_channels)[:, None] + c[None, :], v, mask=mask)
-    if EARLY:
-        gdc_wait()
+    gdc_wait()
