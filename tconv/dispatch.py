@@ -87,9 +87,8 @@ class Plan:
     config: Config | few.Few | columns.Columns | shift.Shift | None = None
     splits: int = 1
     tiles_per_split: int = 0
-    arranged: bool = (
-        False  # shift: whether the input is first copied, channels innermost, at TF32 rounded, for strips with zeros
-    )
+    # shift: whether the input is first copied, its channels innermost, at TF32 rounded, for strips with zeros behind rows.
+    arranged: bool = False
 
 
 def refuse(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:

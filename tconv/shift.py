@@ -31,9 +31,9 @@ MOST_ACCUMULATORS = 4  # of 64 pixels each
 MOST_WIDTH_PHASES = MOST_ACCUMULATORS * M  # of one channel
 MOST_PARTS = 16  # of the sums over channels
 LONG_STRIDE = 16  # along the width: beyond, kernels may be longer and few tiles fit
+MOST_SPANS = 8  # strides that such a kernel may be long: offsets of an accumulator
 STRIP_COPY = 64  # pixels
 MOST_STRIP_WIDTH = 256  # from row to row of a strip, which is known at compile time
-MOST_SPANS = 8  # strides that such a kernel may be long: offsets of an accumulator
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def arrange(
     PADDED: tl.constexpr,
 ):
     """arranged[image, pixel, channel] = x[image, channel, pixel] (LAST: x[image, pixel, channel]) in `pieces` of PIECE channels,
-    which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis, and `pitch` where that is the width.
+    which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis, and `pitch` where that
+    is the width.
     PADDED: an image has `padded` pixels, in planes of `rows` rows of `pitch`, of which x has `height` of `width`; zeros beyond.
     It begins before the launch ahead of it has ended and lets the next one begin, for which it waits at its end."""
     gdc_launch_dependents()
