@@ -108,7 +108,11 @@ def test_precisions(shape, weight, options, precision, splits, device, always):
         assert_no_worse(actual, exact, ATEN[n](x, w, b, **options), str(plan))
         with dispatch.without("columns", "aten"):
             other = TCONV[n](x, w, b, **options)
-        assert errors(actual, exact)[1] <= 1.25 * errors(other, exact)[1]  # of a few hundred elements: some is chance
+        if (
+            device == "cuda"
+        ):  # the interpreter's products are NumPy's: how they round depends on shapes and the processor
+            # Of a few hundred elements: some is chance.
+            assert errors(actual, exact)[1] <= 1.25 * errors(other, exact)[1]
     assert torch.equal(actual, TCONV[n](x, w, b, **options))
     assert actual.stride() == ATEN[n](x, w, b, **options).stride()
 
