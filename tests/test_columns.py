@@ -110,9 +110,8 @@ def test_precisions(shape, weight, options, precision, splits, device, always):
             # Not of the interpreter's products: how NumPy rounds depends on shapes and the processor.
             with dispatch.without("columns", "aten"):
                 other = TCONV[n](x, w, b, **options)
-            assert (
-                errors(actual, exact)[1] <= 1.25 * errors(other, exact)[1]
-            )  # of a few hundred elements: some is chance
+            # Of a few hundred elements: some is chance.
+            assert errors(actual, exact)[1] <= 1.25 * errors(other, exact)[1]
     assert torch.equal(actual, TCONV[n](x, w, b, **options))
     assert actual.stride() == ATEN[n](x, w, b, **options).stride()
 
