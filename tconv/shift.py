@@ -414,7 +414,8 @@ class Walk:
 
 def apart(axes, size, output) -> tuple[int, ...]:
     """How many planes, rows and columns (of an input's size or more, zeros behind it) an image must have for strips: so many that
-    no tap reaches from one image, plane or row to the next, and that as many outputs of each phase find their place."""
+    no tap reaches from one image, plane or row to the next, and that as many outputs of each phase find their place.  Tiles of
+    rows need the rows alone: bulk copies and masks see to planes and columns."""
     found = []
     for axis, n, o in zip(axes, size, output):
         quotient = cdiv(o, axis.stride)
@@ -427,16 +428,13 @@ def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors, parts:
     """Planes (of a volume; otherwise images) are stacked along the height, so far apart that a tap never reaches from
     one to the next.  Axes and sizes are those of depth, height and width.  parts: those into which the channels are cut,
     each with a grid of its own."""
-    height = axes[1]
-    planes, rows_out, columns_out = (cdiv(o, a.stride) for o, a in zip(output, axes))
-    reach = [d for a in range(height.stride) for _, d in height.taps(a)]
-    image = max(rows_out, size[1] - min(0, *tile.low), rows_out + max(0, *reach))
+    planes, _, columns_out = (cdiv(o, a.stride) for o, a in zip(output, axes))
+    planes_apart, image, columns_apart = apart(axes, size, output)
     blocks, tiles_co, tiles_w = cdiv(c_in, tile.kb), cdiv(c_out, tile.fold.of_tile), cdiv(columns_out, tile.useful)
-    rows = batch * planes * image
     if tile.strip:
-        planes, image, columns = apart(axes, size, output)
-        tiles_w, rows = 1, batch * planes * image * tile.box
-        assert tile.box >= columns
+        assert tile.box >= columns_apart
+        planes, tiles_w = planes_apart, 1
+    rows = batch * planes * image * (tile.box if tile.strip else 1)
     tiles = tiles_co * len(tile.low) * tile.depth.stride * tiles_w * cdiv(rows, tile.rows)
     grid = min(tiles, max(1, processors // parts))
     if tile.resident:  # a CTA keeps the weights of one channel tile
@@ -675,21 +673,10 @@ def _choices(
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     results = batch * prod(output) * c_out
     moved = element * (batch * prod(size) * c_in + results)
-    for how, layout, loaded, copying, strip in _ways(
-        axes,
-        batch,
-        c_in,
-        size,
-        output,
-        element,
-        vector,
-        last,
-        dst_layout == "width",
-        dtype,
-        dense,
-        rounding,
-        processors,
-    ):
+    ways = _ways(
+        axes, batch, c_in, size, output, element, vector, last, dst_layout == "width", dtype, dense, rounding, processors,
+    )  # fmt: skip
+    for how, layout, loaded, copying, strip in ways:
         along = 1 if layout == "channels" else loaded
         for candidate in candidates(axes, dtype, columns, c_in, c_out, how, along, strip):
             form = *candidate, layout, dst_layout, loaded, dst_vector, volume

@@ -4,8 +4,7 @@ The partitions of a CTA's warps are threads of which one runs at a time.  Which 
 is drawn anew with each seed, so that what the rings do not forbid happens sooner or later.  It fails where the GPU would
 hang (everybody waits), count too many arrivals, overwrite an operand before the product that reads it is waited for,
 multiply what is no TF32 value, access memory out of bounds, read what an earlier launch writes without waiting for it, or
-store an element twice.  Shared memory begins as NaN, and
-so does what a bulk copy has begun to overwrite.
+store an element twice.  Shared memory begins as NaN, and so does what a bulk copy has begun to overwrite.
 
 It knows nothing of layouts, registers and proxies: where swizzled pixels lie (`_rows` and `_view`, which it replaces) and
 what a fence is for, only a GPU can tell.
@@ -188,8 +187,8 @@ class Machine:
         self.program, self.grid, self.size = program, grid, size  # size: bytes of an element
         self.draw = random.Random(seed)
         self.copies = []  # under way
-        self.own = threading.local()
         # Of this thread's partition: .name, .products that it has not waited for, whether it .awaited earlier launches.
+        self.own = threading.local()
         self.waiting: dict = {}  # by partition: what it waits for, or None
         self.turn, self.alive, self.error = None, 0, None
         self.changed = threading.Condition()

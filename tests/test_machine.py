@@ -62,17 +62,18 @@ def kinds(g, dtype, c_in, c_out, columns, partial=False):
     return found
 
 
-def run(
-    g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None, arranged=False, splits=1, dense=False
-):
-    """The layer's output with this tile, and what it should be.  arranged: of a copy of the input, which is dense then, or if
-    `dense` says so."""
+SIZES = {1: (41,), 2: (7, 9), 3: (3, 5, 6)}
+
+
+def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None, arranged=False, splits=1):
+    """The layer's output with this tile, and what it should be.  arranged: of a copy of the input, which is dense then, as it is
+    for strips."""
     torch.manual_seed(seed)
-    size = {1: (41,), 2: (7, 9), 3: (3, 5, 6)}[g.ndim]
+    size = SIZES[g.ndim]
     x, w, bias = torch.randn(2, c_in, *size), torch.randn(c_in, c_out, *g.kernel), torch.randn(c_out)
     x, w, bias = (t.to(DTYPES[dtype]) for t in (x, w, bias))
     y = torch.full((2, c_out, *g.output_size(size)), torch.nan, dtype=x.dtype)
-    if (source_last and arranged) or dense:
+    if source_last and (arranged or tile.strip):
         x = x.contiguous(memory_format=LAST[g.ndim])
     elif source_last:  # of a tensor of more channels, which are not to be read
         more = torch.cat((x, torch.full((2, 8, *size), torch.nan, dtype=x.dtype)), 1)
@@ -183,9 +184,8 @@ def test_strips(name, dtype, last):
     g, c_in, c_out = GEOMETRIES[name], 72, 20
     if last and g.ndim == 1:
         pytest.skip("1-d has no channels_last")
-    size = {1: (41,), 2: (7, 9), 3: (3, 5, 6)}[g.ndim]
-    whole = sizes3(size)
-    padded = shift.apart(g.axes3, whole, sizes3(g.output_size(size)))
+    whole = sizes3(SIZES[g.ndim])
+    padded = shift.apart(g.axes3, whole, sizes3(g.output_size(SIZES[g.ndim])))
     found: dict = {}
     vector = 8 if dtype == "bf16" else 4
     vectors = vector, gcd(c_out, vector) if last else 1
@@ -198,7 +198,7 @@ def test_strips(name, dtype, last):
     assert found
     for tile in found.values():
         for arranged in (True, False) if last and padded == whole and dtype == "bf16" else (True,):
-            y, exact = run(g, dtype, tile, last, last, c_in, c_out, seed=4, arranged=arranged, dense=last)
+            y, exact = run(g, dtype, tile, last, last, c_in, c_out, seed=4, arranged=arranged)
             assert_near(y, exact, dtype, tile)
 
 
