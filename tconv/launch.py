@@ -560,7 +560,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         walked.tiles_co, walked.tiles_w, walked.image, walked.blocks, walked.tiles,
         batch, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, bias is not None,
-        walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(), chosen.arranged,
+        walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(), chosen.arranged, walked.of_round, walked.spin,
         tile,
         num_warps=4 * tile.groups,
         **OVERLAPPING,

@@ -410,6 +410,8 @@ class Walk:
     processors: int
     width: int  # of the input
     of_part: int  # blocks of channels that a part of the sums has
+    of_round: int  # tiles of rows, of all channel tiles and phases, that the grid does at once
+    spin: int  # by how much the phases' order turns with each of these rounds, so that a CTA's next tile is of the next phase
 
 
 def apart(axes, size, output) -> tuple[int, ...]:
@@ -435,11 +437,16 @@ def walk(tile: Shift, axes, batch, c_in, c_out, size, output, processors, parts:
         assert tile.box >= columns_apart
         planes, tiles_w = planes_apart, 1
     rows = batch * planes * image * (tile.box if tile.strip else 1)
-    tiles = tiles_co * len(tile.low) * tile.depth.stride * tiles_w * cdiv(rows, tile.rows)
+    phases = len(tile.low) * tile.depth.stride
+    tiles = tiles_co * phases * tiles_w * cdiv(rows, tile.rows)
     grid = min(tiles, max(1, processors // parts))
     if tile.resident:  # a CTA keeps the weights of one channel tile
         grid = max(tiles_co, grid // tiles_co * tiles_co)
-    return Walk(image, planes, blocks, tiles_co, tiles_w, tiles, grid, processors, size[2], cdiv(blocks, parts))
+    of_round = cdiv(grid, tiles_co * phases)
+    spin = 0 if grid % tiles_co else (1 - grid // tiles_co) % phases  # of uneven rounds the phases change by themselves
+    return Walk(
+        image, planes, blocks, tiles_co, tiles_w, tiles, grid, processors, size[2], cdiv(blocks, parts), of_round, spin
+    )
 
 
 # What one SM of an H200 does in a cycle, for comparing tiles with each other: fitted to the times of 604 tiles of 17
@@ -459,6 +466,7 @@ LINE, SHORT = 128, 0.26  # shorter runs than so many bytes slow accesses down, b
 OVERLAP = 0.3  # of the second longest of what runs side by side adds to the longest
 TILE = 2000  # cycles of a tile beside everything else
 HALF_THE_CODE = 0.9  # a tile with half the code to compile may take so much longer
+OWN_CODE = 1.1  # so much longer than the rest says take tiles with code of its own for each phase along the height
 MEMORY = 14  # bytes of the GPU's memory
 # A copy of the input before the kernel, and the addition of partial sums behind it: cycles of a launch; the share of MEMORY
 # that a copy reaches (that of 16-bit pixels by single loads second) and its most elements; and bytes of sums added.
@@ -497,7 +505,7 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     # What is released with the last phase alone leaves no stages to bring the next tile meanwhile; bulk copies make up
     # for it, threads do not.
     waits = phases > 1 and tile.how != "bulk" and tile.stages < 2 * blocks
-    step = longest + second * (1.0 if waits else OVERLAP) + TILE
+    step = (longest + second * (1.0 if waits else OVERLAP) + TILE) * (OWN_CODE if len(tile.taps) > 1 else 1.0)
     busiest, memory = (
         cdiv(walked.tiles, walked.grid) * step + store + bring / blocks,
         moved / MEMORY / walked.processors,
@@ -551,8 +559,10 @@ def candidates(
                 or width.stride == 1
                 or (folded[1] < 4 and (folded[0] <= 8 or fold(width, *folded).joined == width.stride))
             )
-            # Three or four accumulators are much code to store, so phases along the height do not have their own.
-            rows = by_row or (folded[1] > 2 and height.kernel % height.stride > 0)
+            # Code of its own for each phase along the height, twice, is more than the instruction cache holds.  Bulk copies can read a
+            # tile once for each tap instead; three or four accumulators are so much code to store that threads do so, too.
+            differ = height.kernel % height.stride > 0
+            rows = by_row or (differ and (folded[1] > 2 or (bulk and not all_phases)))
             fits = fits and not (rows and all_phases and height.stride > 1)
             # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.
             if fits and (work == whole or bulk or size == 4):

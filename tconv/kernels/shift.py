@@ -126,8 +126,11 @@ def _opaque_zero(i):
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# Where the scalars of the depth, the inverses of `image` and `planes`, a part's first block and `copied` are among them.
-PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES, FIRST_BLOCK, COPIED = (gl.constexpr(i) for i in range(21, 30))
+# Where the scalars of the depth, the inverses of `image` and `planes`, a part's first block, `copied` and those of a round are among
+# them.
+PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES, FIRST_BLOCK, COPIED, OF_ROUND, SPIN = (
+    gl.constexpr(i) for i in range(21, 32)
+)
 
 
 @gluon.jit
@@ -198,15 +201,16 @@ def _planes(row, sizes, p: gl.constexpr):
 @gluon.jit
 def _decode(t, sizes, p: gl.constexpr):
     """Tile t as (first output channel, phase along the height, tile along the width, first row, phase along the depth).
-    Channel tiles are neighbours, then phases: they share input pixels in the L2."""
+    Channel tiles are neighbours, then phases: they share input pixels in the L2.  Some phases have more taps than others; by `spin` a
+    CTA goes on to the next phase in every round of the grid, rather than do the same one in all of them (shift.walk)."""
     tiles_co, tiles_w = sizes[0], sizes[1]
+    PHASES: gl.constexpr = len(p.low) * p.depth.stride
     co = t % tiles_co * p.fold.of_tile
-    t = t // tiles_co
-    phase = t % len(p.low)
-    t = t // len(p.low)
-    phase_d = t % p.depth.stride
-    t = t // p.depth.stride
-    return co, phase, t % tiles_w, t // tiles_w * p.rows, phase_d
+    phase = t // tiles_co % PHASES
+    t = t // tiles_co // PHASES
+    if PHASES > 1:
+        phase = (phase + t // sizes[OF_ROUND] * sizes[SPIN]) % PHASES
+    return co, phase % len(p.low), t % tiles_w, t // tiles_w * p.rows, phase // len(p.low)
 
 
 @gluon.jit
@@ -822,7 +826,7 @@ def _multiply(
 # The run-time scalars, in the order in which the parts of the kernel find them in `sizes`.
 SCALARS = (
     "tiles_co tiles_w image blocks tiles n_in c_in h_in w_in x_n x_c x_h x_w c_out h_out w_out y_n y_c y_h y_w has_bias "
-    "planes d_in x_d d_out y_d of_part y_part copied"
+    "planes d_in x_d d_out y_d of_part y_part copied of_round spin"
 ).split()
 
 
@@ -838,7 +842,7 @@ def shift(
     x, w, bias, y,
     tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
     c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias,
-    planes, d_in, x_d, d_out, y_d, of_part, y_part, copied,
+    planes, d_in, x_d, d_out, y_d, of_part, y_part, copied, of_round, spin,
     p: gl.constexpr,
 ):  # fmt: skip
     """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight, `p` a tconv.shift.Shift.  Where that is partial,
@@ -872,7 +876,7 @@ def shift(
     sizes = (
         tiles_co, tiles_w, image, blocks, tiles, n_in, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias, planes, d_in, x_d, d_out, y_d,
-        _inverse(image), _inverse(planes), first_block, copied,
+        _inverse(image), _inverse(planes), first_block, copied, of_round, spin,
     )  # fmt: skip
     weights = gl.allocate_shared_memory(_element(p), [p.slots * p.parts, M, p.kb], _swizzled(p.kb, p.size))
     if SLICE:
