@@ -252,7 +252,7 @@ def test_what_a_gpu_would_punish_is_found(name):
 @pytest.mark.parametrize("name", ("k3s2p1op1", "3d_k3s2p1op1"))
 @pytest.mark.parametrize("c_out", (64, 128, 192, 256, 320, 512, 768))
 def test_ctas_do_all_phases_in_turn(name, c_out):
-    """Every tile once; and phases of more taps fall to all CTAs alike, within a tile."""
+    """Every tile once; and phases of more taps fall to all CTAs about alike: to no one a quarter more than to the mean."""
     g, processors = GEOMETRIES[name], 132
     found = kinds(g, "bf16", 64, c_out, 64)
     tile = next(

@@ -1,12 +1,12 @@
-"""The shift kernel for Hopper (sm_90): implicit GEMM that reads a tile of the input once for all taps.
+"""The shift kernel for Hopper (sm_90): implicit GEMM that reads a tile of the input once for many taps.
 
 A tile of input pixels with its halo lies in swizzled shared memory, one pixel a row of KB channels.  Every tap's wgmma
 takes that same tile, seen some pixels further on, as its operand B; operand A is the tap's weight.  One CTA an SM walks
 over tiles; eight warps multiply (together, half of a tile's pixels each, or every other tile), others bring the operands.
 
 M = 64 output channels (or fewer, times the phases along the width that are folded into them), N = pixels of one phase,
-K = input channels times the phase's taps; taps along the depth, and of large kernels those along the height, are
-readings of their own (docs/kernels.md).
+K = input channels times the phase's taps; taps along the depth, and where they are many or differ from phase to phase
+those along the height, are readings of their own (docs/kernels.md).
 """
 
 import triton
