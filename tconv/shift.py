@@ -539,6 +539,9 @@ def candidates(
     depths = sorted({wide, 16}) if dtype == "tf32x3" and additions <= MOST_ADDITIONS else [wide]
     code = height.kernel * min(width.kernel, MOST_WIDTH) * (2 if dtype == "tf32x3" else 1)
     by_row = code > MOST_TAPS or height.stride > MOST_PHASES
+    # Code of its own for each phase along the height, twice, is more than the instruction cache holds.  Bulk copies can read a
+    # tile once for each tap instead; three or four accumulators are so much code to store that threads do so, too.
+    differ = len({len(height.taps(a)) for a in range(height.stride)}) > 1
     # Without strides a tile stores once after many taps, and little is lost where nobody stores while others multiply.
     long = height.stride == width.stride == 1 and height.kernel * width.kernel >= LONG
     whole = "together" if long else "halves"
@@ -562,9 +565,6 @@ def candidates(
                 or width.stride == 1
                 or (folded[1] < 4 and (folded[0] <= 8 or fold(width, *folded).joined == width.stride))
             )
-            # Code of its own for each phase along the height, twice, is more than the instruction cache holds.  Bulk copies can read a
-            # tile once for each tap instead; three or four accumulators are so much code to store that threads do so, too.
-            differ = len({len(height.taps(a)) for a in range(height.stride)}) > 1
             rows = by_row or (differ and (folded[1] > 2 or (bulk and not all_phases)))
             fits = fits and not (rows and all_phases and height.stride > 1)
             # Of 16-bit tiles that pass through registers, one for both consumers was 1.25 to 1.4 times as fast.

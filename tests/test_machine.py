@@ -253,22 +253,20 @@ def test_what_a_gpu_would_punish_is_found(name):
 @pytest.mark.parametrize("c_out", (64, 128, 192, 256, 320, 512, 768))
 def test_ctas_do_all_phases_in_turn(name, c_out):
     """Every tile once; and phases of more taps fall to all CTAs about alike: to no one a quarter more than to the mean."""
-    g, processors = GEOMETRIES[name], 132
+    g = GEOMETRIES[name]
     found = kinds(g, "bf16", 64, c_out, 64)
     tile = next(
         each[0][0] for kind, each in found.items() if kind[:3] == ("channels", "bulk", "channels") and not kind[4]
     )
     size = sizes3((256, 64) if g.ndim == 2 else (16, 64, 64))
-    walked = shift.walk(tile, g.axes3, 8, 64, c_out, size, sizes3(g.output_size(size[-g.ndim :])), processors)
+    walked = shift.walk(tile, g.axes3, 8, 64, c_out, size, sizes3(g.output_size(size[-g.ndim :])), 132)
     assert walked.tiles > 8 * walked.grid
-    sizes = [None] * 32
-    sizes[0], sizes[1], sizes[30], sizes[31] = (
-        Value(n) for n in (walked.tiles_co, walked.tiles_w, walked.of_round, walked.spin)
-    )
-    decode = namespace(Machine((0, 0), (walked.grid, 1), tile.size, 0), None)["_decode"]
+    kernel = namespace(Machine((0, 0), (walked.grid, 1), tile.size, 0), None)
+    scalars = {0: walked.tiles_co, 1: walked.tiles_w, kernel["OF_ROUND"]: walked.of_round, kernel["SPIN"]: walked.spin}
+    sizes = {i: Value(n) for i, n in scalars.items()}
     places, work = set(), [0] * walked.grid
     for t in range(walked.tiles):
-        co, phase, tile_w, row, phase_d = map(int, decode(Value(t), sizes, tile))
+        co, phase, tile_w, row, phase_d = map(int, kernel["_decode"](Value(t), sizes, tile))
         places.add((co, phase, tile_w, row, phase_d))
         work[t % walked.grid] += len(tile.height.taps(phase)) * len(tile.depth.taps(phase_d))
     assert len(places) == walked.tiles
