@@ -228,9 +228,10 @@ def unsupported(target: Target) -> str | None:
 WIDE_GROUP_CHANNELS = 64
 # What is left to aten, and why: the time of the kernels that every GPU runs over cuDNN's.  Gradients: on an H100 and an H200,
 # geometric means over core; in IEEE fp32 they are level, but for depthwise grad_input; so are depthwise weights'.  Forward:
-# StyleGAN2's 8 groups of 512 to 256 channels in 16 bits, which the shift kernel does not take yet.
+# groups, which the shift kernel does not take yet: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
+# and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32).
 LEFT = {
-    "forward": "cuDNN measured 1.7 to 2.1 times faster with wide groups of 16-bit channels on an H200",
+    "forward": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
     "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
     "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
 }
@@ -244,7 +245,8 @@ def _leave(problem: Problem, is_direct: bool, how: str, target: Target) -> Plan 
     half = p.dtype in HALF
     if p.direction == "forward":
         g = p.geometry.groups
-        left = g > 1 and min(p.c_in, p.c_out) // g >= WIDE_GROUP_CHANNELS and half
+        wide = min(p.c_in, p.c_out) // g >= WIDE_GROUP_CHANNELS and (half or how == "tf32")
+        left = g > 1 and not is_direct and (wide or (half and p.channels_last and p.geometry.ndim > 1))
     elif p.direction == "backward_input":
         left = half or p.tf32 or is_direct  # with TF32 allowed cuDNN decides where to use it, as it does for torch
     else:

@@ -36,8 +36,9 @@ MOST_LANES = 64
 SUMS, READS = 64, 100
 SUMS_IN_BLOCKS = 48  # where each has a register for its block besides
 # fp32 products that are added one by one: chains of hundreds lose against cuDNN's sums (6.6e-7 against 1.6e-7 at 1400,
-# 2.8e-7 against 1.5e-7 at 256; simulated), so blocks of at most so many are, and then the blocks.
-CHAIN = 32
+# 2.8e-7 against 1.5e-7 at 256; simulated), so from CHAIN on, blocks of about BLOCK are, and then the blocks.  Of L1/75's 48
+# products, blocks of 30 left a largest error of 2.4e-6 (cuDNN 1.2e-6); blocks of 12 leave three quarters of it (simulated).
+CHAIN, BLOCK = 32, 16
 AHEAD = 36  # reads of a thread that several unrolled input channels begin with
 CODE = 64  # products of an input pixel, up to which several input channels are unrolled
 # Programs a multiprocessor: of 128 pixels where there are many source channels, with fewer the loads' latency decides; and of
@@ -182,7 +183,7 @@ def choose(
         others, limit = others * c_src, SUMS // len(reads)
     else:
         of_channel = height.most_taps * width.most_taps if forward else products  # products of a sum
-        block = 0 if half or of_channel * c_src <= CHAIN else max(1, CHAIN // of_channel)
+        block = 0 if half or of_channel * c_src <= CHAIN else max(1, BLOCK // of_channel)
         if not last:
             most = max(1, min(MOST_SUMS // phases, MOST_PRODUCTS[direction] // products))
             channels = max(n for n in range(1, min(c_dst, most) + 1) if c_dst % n == 0)

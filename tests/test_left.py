@@ -15,9 +15,9 @@ WIDE_GROUPS = Case("wide groups", (1, 128, 4, 4), (128, 64, 3, 3), dict(stride=2
 DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
 
 
-def plans(case, dtype, target, tf32, monkeypatch):
+def plans(case, dtype, target, tf32, monkeypatch, last=False):
     """The plan of each pass of a case."""
-    input, weight, _, grad = make(case, dtype, "cpu")
+    input, weight, _, grad = make(case, dtype, "cpu", last)
     geometry = tconv.explain(input, weight, **case.layer).geometry
     found = {}
     for name in dispatch.PASSES:
@@ -31,6 +31,7 @@ def plans(case, dtype, target, tf32, monkeypatch):
 @pytest.mark.parametrize(
     "case, dtype, tf32, left",
     [
+        (WIDE_GROUPS, torch.float32, True, {"forward", "backward_input"}),  # the weights' sums are short
         (DENSE, torch.float16, False, GRADIENTS),
         (DENSE, torch.bfloat16, True, GRADIENTS),
         (DENSE, torch.float32, True, GRADIENTS),
@@ -50,6 +51,22 @@ def test_which(case, dtype, tf32, left, monkeypatch):
     for other in (Target("hip", 942, 304), Target("interpreter", 0, 4), Target("cuda", 90, 132, without=("aten",))):
         told = plans(case, dtype, other, tf32, monkeypatch)
         assert all(plan.family != "aten" for plan in told.values())
+
+
+@pytest.mark.parametrize(
+    "case, dtype, left",
+    [
+        (by_id("2d_groups3"), torch.bfloat16, True),
+        (by_id("2d_groups3"), torch.float32, False),
+        (DEPTHWISE, torch.bfloat16, False),
+        (DENSE, torch.bfloat16, False),
+    ],
+)
+def test_forward_in_channels_last(case, dtype, left, monkeypatch):
+    """16-bit groups in channels_last, and no others."""
+    for last in (False, True):
+        told = plans(case, dtype, HOPPER, True, monkeypatch, last)["forward"]
+        assert (told.family == "aten") == (left and last)
 
 
 def test_cudnn_switched_off(device):
