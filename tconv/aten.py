@@ -53,16 +53,29 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
 
 def backward_input(grad_output, weight, like, geometry: Geometry) -> torch.Tensor:
     """aten's grad_input."""
-    with _deterministic():
-        mask = [True, False, False]
-        return torch.ops.aten.convolution_backward(grad_output, like, weight, None, *_layer(geometry), mask)[0]
+    return _gradient(0, grad_output, like, weight, geometry)
 
 
-def backward_weight(grad_output, input, like, geometry: Geometry) -> torch.Tensor:
-    """aten's grad_weight."""
+def backward_weight(grad_output, input, like, geometry: Geometry, parts: int = 1) -> torch.Tensor:
+    """aten's grad_weight, the sum of those of so many parts of the batch."""
+    batches = zip(grad_output.chunk(parts), input.chunk(parts))
+    total = _gradient(1, *next(batches), like, geometry)
+    for part in batches:
+        total += _gradient(1, *part, like, geometry)
+    return total
+
+
+def _gradient(which: int, grad_output, input, weight, geometry: Geometry) -> torch.Tensor:
+    """The gradient of input (0) or weight (1).  Activations of a 1-d layer may have a height of 1 before their width."""
+    mask = [which == 0, which == 1, False]
+    layer = _layer(geometry)
+    if lifted := geometry.ndim == 1 and grad_output.ndim == 4:
+        stride, padding, dilation, transposed, output_padding, groups = layer
+        layer = (1, *stride), (0, *padding), (1, *dilation), transposed, (0, *output_padding), groups
+        input, weight = (t.unsqueeze(2) if t.ndim == 3 else t for t in (input, weight))
     with _deterministic():
-        mask = [False, True, False]
-        return torch.ops.aten.convolution_backward(grad_output, input, like, None, *_layer(geometry), mask)[1]
+        result = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *layer, mask)[which]
+    return result.squeeze(2) if lifted else result
 
 
 def _layer(g: Geometry) -> tuple:

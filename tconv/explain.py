@@ -37,7 +37,9 @@ class PassExplanation:
     def __str__(self) -> str:
         if self.plan.config is None:
             text = f"{self.name}: {self.plan.family}, because {self.plan.reason}"
-            return text + f"; {_WORDS[self.plan.precision]}" if self.plan.precision else text
+            text += f"; {_WORDS[self.plan.precision]}" if self.plan.precision else ""
+            text += "; of channels_last copies" if self.plan.arranged else ""
+            return text + (f"; sum in {self.plan.splits} parts of the batch" if self.plan.splits > 1 else "")
         text = f"{self.name}: {self.plan.family} ({self.plan.reason}); {_WORDS[self.plan.precision]}; tile {self.plan.config.describe()}"
         if self.plan.arranged:
             text += ", of a copy of the input with its channels innermost"

@@ -184,7 +184,8 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     problem = make_problem("backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output, grad_input)
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
-        return noted.leave(key, partial(aten.backward_input, geometry=geometry), grad_output, weight, grad_input)
+        function = _backward_input_of_copies if chosen.arranged else aten.backward_input
+        return noted.leave(key, partial(function, geometry=geometry), grad_output, weight, grad_input)
     with on_device(grad_output):
         if chosen.family == "few":
             gather_few(noted, chosen, grad_output, weight, None, grad_input, geometry, False)
@@ -206,11 +207,14 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     problem = make_problem("backward_weight", geometry, input.shape, c_out, input, grad_output)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
+        of = partial(aten.backward_weight, geometry=geometry, parts=chosen.splits)
+        if chosen.arranged:
+            of = partial(_backward_weight_of_copies, of, chosen.precision == "tf32")
         operands = grad_output, input
-        if chosen.precision == "tf32":
+        if chosen.precision == "tf32" and not chosen.arranged:
             with on_device(input):
                 operands = _round(noted, grad_output), _round(noted, input)
-        return noted.leave(key, partial(aten.backward_weight, geometry=geometry), *operands, grad_weight)
+        return noted.leave(key, of, *operands, grad_weight)
 
     with on_device(input):
         columns = c_in * (c_out // g)
@@ -290,6 +294,60 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     block = 4096
     noted.launch(round_dense, cdiv(t.numel(), block), t, rounded, t.numel(), BLOCK=block)
     return rounded
+
+
+def channels_last(t, is_tf32: bool = False) -> torch.Tensor:
+    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost: 1-d ones have a height of 1 then.
+    is_tf32: whether it is rounded, too."""
+    key = "channels_last", is_tf32, record.facts(t)
+    if known := record.find(key):
+        return known.again(t)
+    noted = Record(t)
+    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
+    copy = noted.result((*t.shape[:2], *size), t, torch.channels_last if len(size) == 2 else torch.channels_last_3d)
+    _transpose(noted, t, copy, t.shape[1], prod(size), is_tf32)
+    return noted.keep(key)
+
+
+def contiguous(t) -> torch.Tensor:
+    """A dense channels_last activation's contiguous copy; its pixels are whole pieces of 16 bytes."""
+    key = "contiguous", record.facts(t)
+    if known := record.find(key):
+        return known.again(t)
+    noted = Record(t)
+    copy = noted.result(t.shape, t, torch.contiguous_format)
+    _transpose(noted, t, copy, prod(t.shape[2:]), t.shape[1])
+    return noted.keep(key)
+
+
+def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool = False) -> None:
+    """Write t, for each image [row, column] in memory, as [column, row]."""
+    from .kernels.copies import arrange
+
+    piece = 16 // t.element_size()
+    block_c = power_of_two(columns, 16, 64)
+    block_r = power_of_two(rows, 16, 4096 // block_c)
+    with on_device(t):
+        noted.launch(
+            arrange, t.shape[0] * cdiv(columns, block_c) * cdiv(rows, block_r),
+            t, copy, columns, rows, rows // piece, 1, columns, 1, columns, columns,
+            LAST=False, ROUND=is_tf32, VECTOR=gcd(columns, piece), PIECE=piece, BLOCK_P=block_c, BLOCK_C=block_r, PADDED=False,
+        )  # fmt: skip
+
+
+# cuDNN's kernels want channels_last, and of contiguous tensors it makes copies of its own, which take longer.
+def _backward_input_of_copies(grad_output, weight, like, geometry: Geometry) -> torch.Tensor:
+    """aten's grad_input of a contiguous grad_output, by way of channels_last."""
+    batch, channels, *size = like.shape
+    size = size if len(size) > 1 else [1, *size]
+    like = like.view(batch, *size, channels).movedim(-1, 1)
+    made = aten.backward_input(channels_last(grad_output), weight, like, geometry)
+    return contiguous(made) if made.movedim(1, -1).is_contiguous() else made
+
+
+def _backward_weight_of_copies(function, is_tf32: bool, grad_output, input, like) -> torch.Tensor:
+    """What function, of aten.backward_weight, makes of channels_last copies."""
+    return function(channels_last(grad_output, is_tf32), channels_last(input, is_tf32), like)
 
 
 def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bool) -> None:

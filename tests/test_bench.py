@@ -663,7 +663,12 @@ def test_out_of_memory_is_ignored_in_preparation(monkeypatch):
     monkeypatch.setattr(worker.measure, "free_bytes", lambda: 5)
     monkeypatch.setattr(worker, "Truth", lambda *_: None)
     monkeypatch.setattr(worker, "Task", task)
-    monkeypatch.setattr(worker, "_first_of", lambda *what: called.append(what))
+
+    def first_of(*what):
+        assert {worker.aten.backward_input, worker.aten.backward_weight} == {worker._like}  # cuDNN is not asked
+        called.append(what)
+
+    monkeypatch.setattr(worker, "_first_of", first_of)
     asked = [{"id": i, "suite": "core", "name": "L2/91", "passes": ["training"]} for i in ("large", "small")]
     told = [json.dumps([task]) for task in asked]
     worker.compile_kernels({}, told, lambda **message: said.append(message))

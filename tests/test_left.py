@@ -1,5 +1,7 @@
 """Passes that are left to aten because it measured faster: which, with what reason, and that they come out right."""
 
+import sys
+
 import pytest
 import torch
 from oracle import ATEN, errors, passes
@@ -92,7 +94,8 @@ def test_without(device):
 def leaving(monkeypatch, device):
     """The dispatch that users have; on the CPU as on a Hopper GPU, whose aten passes run there too."""
     if device == "cpu":
-        monkeypatch.setattr(launch, "target_of", lambda device: HOPPER)
+        for module in (launch, sys.modules["tconv.explain"]):
+            monkeypatch.setattr(module, "target_of", lambda device: HOPPER)
     with dispatch.without():
         yield
 
@@ -121,6 +124,62 @@ def test_gradients(case, last, device, leaving, monkeypatch):
             assert errors(actual, expected)[1] < 2e-3
     if device == "cuda":  # the interpreter's launches are not repeated
         assert len(record._records) == known == 2
+
+
+COPIED = [
+    Case("1-d", (5, 16, 24), (16, 8, 4), dict(stride=2, padding=1)),
+    Case("2-d", (4, 8, 4, 6), (8, 24, 3, 3), dict(stride=2, padding=1, output_padding=1)),
+    Case("3-d", (3, 16, 3, 4, 4), (16, 8, 2, 3, 2), dict(stride=(2, 1, 2))),
+    Case("groups", (3, 32, 4, 4), (32, 8, 3, 3), dict(stride=2, groups=2)),
+    Case("pixels that are no whole vectors", (3, 16, 3, 5), (16, 8, 3, 3), dict(stride=2)),
+    Case("channels that are no whole vectors", (4, 12, 4, 4), (12, 6, 3, 3), dict(stride=2)),
+]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", COPIED, ids=lambda c: c.id)
+def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
+    """Gradients of contiguous tensors by way of channels_last copies, and in parts of the batch; at a second call, too."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    monkeypatch.setattr(dispatch, "LEFT_PRODUCTS", 16)
+    monkeypatch.setattr(dispatch, "TF32_GROUP_CHANNELS", 8)
+    dispatch.plan.cache_clear()
+    record.forget()
+    half = dtype is torch.bfloat16
+    whole = "channels" not in case.id
+    for _ in range(2):
+        tensors = input, weight, _, grad = make(case, dtype, device)
+        exact = passes(ATEN[case.ndim], *(None if t is None else t.double() for t in tensors), **case.layer)
+        explained = tconv.explain(*tensors[:3], **case.layer)
+        _, of_input, of_weight = (p.plan for p in explained.passes)
+        assert (of_input.family, of_weight.family) == ("aten", "aten")
+        assert of_input.arranged == (half and whole and "pixels" not in case.id)
+        assert of_weight.arranged == whole
+        assert of_weight.splits == (1 if half else case.input[0])
+        assert ("of channels_last copies" in str(explained)) == whole
+        assert ("parts of the batch" in str(explained)) == (not half)
+        results = (
+            launch.backward_input(grad, weight, input.shape[2:], explained.geometry),
+            launch.backward_weight(grad, input, explained.geometry),
+        )
+        for actual, expected in zip(results, exact[1:3]):
+            assert actual.is_contiguous() and actual.dtype == dtype and actual.shape == expected.shape
+            assert errors(actual, expected)[1] < (4e-3 if half else 1e-3)
+    dispatch.plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "batch, pixels, parts",
+    [(16, 16384, 4), (16, 1 << 20, 16), (1, 1 << 24, 1), (7, 65536, 7), (12, 49152, 12), (64, 64, 1)],
+)
+def test_parts(batch, pixels, parts, monkeypatch):
+    """Of about 65,536 products each, at most 16, and alike where the batch allows it."""
+    case = Case("parts", (batch, 64, 1, pixels), (64, 64, 3, 3), dict(padding=1))
+    geometry = tconv.explain(*(torch.empty(s, device="meta") for s in (case.input, case.weight)), **case.layer).geometry
+    monkeypatch.setattr(launch, "allow_tf32", lambda: True)
+    tensors = (torch.empty((batch, 64, 1, pixels), device="meta") for _ in range(2))
+    problem = launch.make_problem("backward_weight", geometry, case.input, 64, *tensors)
+    assert dispatch.plan(problem, HOPPER).splits == parts
 
 
 def test_deterministic_and_flags_restored(device, leaving):
