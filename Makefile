@@ -40,17 +40,17 @@ gpu-test:
 	$(PYTHON) -m pytest --ignore tests/test_aot.py -n $(WORKERS) --dist worksteal -m "not alone" --summary benchmarks/results/gpu-test.json $(TESTS)
 	$(PYTHON) -m pytest -m alone --summary benchmarks/results/gpu-test-alone.json $(TESTS) || [ $$? -eq 5 ]
 
-# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2` takes 16 minutes on
-# two H100s.  One that was stopped goes on with RESUME=--resume.
-RESULTS := $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 core-gradients)
+# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2`, some 50 minutes on
+# two H200s.  One that was stopped goes on with RESUME=--resume.
+RESULTS := $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 gradients-tf32-bf16)
 GPUS ?= 1
-BENCH = $(PYTHON) -m tconv.bench --plain --quick --gpus $(GPUS) $(RESUME) --provider tconv cudnn cudnn-default cudnn-nhwc-convert
-GRADIENTS := backward_input backward_weight training
+BENCH = $(PYTHON) -m tconv.bench --plain --quick --gpus $(GPUS) $(RESUME) --provider tconv cudnn cudnn-default cudnn-nhwc-convert \
+	--suite kernelbench zoo --format contiguous channels_last --precision $(subst -, ,$*) --output $@
 results: $(RESULTS)
 benchmarks/results/forward-%.json: FORCE
-	$(BENCH) --suite kernelbench zoo --precision $(subst -, ,$*) --pass forward --format contiguous channels_last --output $@
-benchmarks/results/core-gradients.json: FORCE
-	$(BENCH) --suite core --precision tf32 bf16 --pass $(GRADIENTS) --output $@
+	$(BENCH) --pass forward
+benchmarks/results/gradients-%.json: FORCE
+	$(BENCH) --pass backward_input backward_weight training
 FORCE:
 
 # The published tables and charts, from the published results; a case that several hold comes from the first.  And the

@@ -1,4 +1,5 @@
-"""The column kernels' tile (kernels/columns.py), and which problems they take: those that are mostly reading the weight.
+"""The column kernels' tiles (kernels/columns.py), and which problems they take: those that are mostly reading the weight, or
+writing its gradient.
 
 Pure integers, from a layer's sizes; neither torch nor Triton.  The times are estimates for an H100, two to four times below
 what was measured (docs/kernels.md), as are those that they are compared with.
@@ -94,3 +95,35 @@ def packed(weight: int, streamed: int, splits: int) -> float:
     """Nanoseconds that a gather with a packed weight of so many bytes takes at least: the weight is read, written and
     read, and a program reads so many bytes; sums in parts are another launch."""
     return (2 + (splits > 1)) * START + 2 * weight / MEMORY + max(weight / MEMORY, streamed / STREAM)
+
+
+# The gradient of the weight.
+FEW_PIXELS = 40  # fp32 sums so short have no tensor core to go to (dispatch.IEEE_PRODUCTS)
+# Beyond, and in 16 bits, the CUDA cores' products must be few beside what there is to write.
+FEW_FLOATS, FEW_HALVES, FEW_PRODUCTS = 64, 16, 1 << 28
+
+
+@dataclass(frozen=True)
+class WeightColumns:
+    """A tile of a weight's gradient."""
+
+    columns: int
+    channels: int
+    num_warps: int
+
+    def describe(self) -> str:
+        return f"{self.channels} input channels x {self.columns} columns"
+
+
+def of_weight(
+    groups: int, c_in: int, columns: int, pixels: int, activations: int, element_size: int, large: bool
+) -> WeightColumns | None:
+    """The tile, or None where writing the weight is not most of the problem, or products are too many.  c_in and columns
+    (output channels times taps) are a group's, pixels those of the input's whole batch, activations the elements of the input and of the output's gradient."""
+    weight = groups * c_in * columns
+    is_half = element_size == 2
+    short = pixels < FEW_PIXELS and not is_half
+    few = short or (pixels <= (FEW_HALVES if is_half else FEW_FLOATS) and pixels * weight <= FEW_PRODUCTS)
+    if large or not few or weight < activations or weight * element_size < LEAST_WEIGHT:
+        return None
+    return WeightColumns(power_of_two(columns, 16, 256), power_of_two(c_in, 4, 16), 4)

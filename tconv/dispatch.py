@@ -84,7 +84,7 @@ class Plan:
     family: str
     reason: str
     precision: str = ""
-    config: Config | few.Few | columns.Columns | shift.Shift | None = None
+    config: Config | few.Few | columns.Columns | columns.WeightColumns | shift.Shift | None = None
     splits: int = 1
     tiles_per_split: int = 0
     # Whether what the pass reads is first copied, its channels innermost, at TF32 rounded: for the shift kernel its input, of
@@ -256,9 +256,13 @@ def _leave(problem: Problem, is_direct: bool, how: str, target: Target) -> Plan 
     vectors = p.c_in % (16 // p.dtype.itemsize) == p.c_out % (16 // p.dtype.itemsize) == 0
     arranged = p.source == p.destination == "width" and p.dense and vectors and not is_direct
     if p.direction == "backward_input":
-        left = half or p.tf32 or is_direct  # with TF32 allowed cuDNN decides where to use it, as it does for torch
-        arranged = arranged and half and prod(p.input_size) % (16 // p.dtype.itemsize) == 0
-        return Plan("aten", LEFT[p.direction], arranged=arranged) if left else None
+        # With TF32 allowed cuDNN decides where to use it, as it does for torch; but its choice for torch is fp32 for long sums.
+        if not (half or is_direct or (p.tf32 and _products(p) <= TF32_PRODUCTS)):
+            return None
+        # At TF32 a copy pays where the gradient of the weight shares it, and costs little by itself where there are strides.
+        arranged = arranged and (half or (how == "tf32" and max(p.geometry.stride) > 1))
+        arranged = arranged and prod(p.input_size) % (16 // p.dtype.itemsize) == 0
+        return Plan("aten", LEFT[p.direction], arranged=arranged)
     # cuDNN's deterministic algorithms truncate some layers' operands to TF32: they get rounded ones, and no layer
     # that is to have better than TF32.
     if is_direct or not (half or (how == "tf32" and p.dense)):
@@ -316,6 +320,17 @@ def _columns(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan
     return Plan("columns", f"{why}: reading the weight takes the time", how, tile, splits), ""
 
 
+def _weight_columns(problem: Problem, target: Target) -> columns.WeightColumns | None:
+    """The tile of a weight's gradient that is mostly writing, or None."""
+    p, g = problem, problem.geometry.groups
+    pixels, output = prod(p.input_size), prod(p.geometry.output_size(p.input_size))
+    activations = p.batch * (p.c_in * pixels + p.c_out * output)
+    if "columns" in target.without:
+        return None
+    width = p.c_out // g * p.geometry.taps
+    return columns.of_weight(g, p.c_in // g, width, p.batch * pixels, activations, p.dtype.itemsize, p.large)
+
+
 def _shift(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan | None, str]:
     """The shift kernel's plan, or why it does not take the problem."""
     p = problem
@@ -358,6 +373,8 @@ def plan(problem: Problem, target: Target) -> Plan:
     if thin:
         return _few_plan(problem, f"{why}: too few for the tensor core", thin, target)
     why += f"; {refused}" if refused else ""
+    if problem.direction == "backward_weight" and (tile := _weight_columns(problem, target)):
+        return Plan("columns", f"{why}: writing the weight takes the time", "", tile)
     if left := _leave(problem, is_direct, how, target):
         return left
     if problem.direction == "forward" and not is_direct:

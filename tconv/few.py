@@ -36,9 +36,10 @@ MOST_LANES = 64
 SUMS, READS = 64, 100
 SUMS_IN_BLOCKS = 48  # where each has a register for its block besides
 # fp32 products that are added one by one: chains of hundreds lose against cuDNN's sums (6.6e-7 against 1.6e-7 at 1400,
-# 2.8e-7 against 1.5e-7 at 256; simulated), so from CHAIN on, blocks of about BLOCK are, and then the blocks.  Of L1/75's 48
-# products, blocks of 30 left a largest error of 2.4e-6 (cuDNN 1.2e-6); blocks of 12 leave three quarters of it (simulated).
-CHAIN, BLOCK = 32, 16
+# 2.8e-7 against 1.5e-7 at 256; simulated), so beyond CHAIN, blocks of about as many as there are blocks are, but of no fewer
+# than BLOCK, and then the blocks.  Of L1/75's 48 products, blocks of 30 left a largest error of 2.4e-6 (cuDNN 1.2e-6); blocks of
+# 12 leave three quarters of it (simulated).
+CHAIN, BLOCK = 32, 12
 AHEAD = 36  # reads of a thread that several unrolled input channels begin with
 CODE = 64  # products of an input pixel, up to which several input channels are unrolled
 # Programs a multiprocessor: of 128 pixels where there are many source channels, with fewer the loads' latency decides; and of
@@ -183,7 +184,8 @@ def choose(
         others, limit = others * c_src, SUMS // len(reads)
     else:
         of_channel = height.most_taps * width.most_taps if forward else products  # products of a sum
-        block = 0 if half or of_channel * c_src <= CHAIN else max(1, BLOCK // of_channel)
+        of_block = max(BLOCK, (of_channel * c_src) ** 0.5)
+        block = 0 if half or of_channel * c_src <= CHAIN else max(1, round(of_block / of_channel))
         if not last:
             most = max(1, min(MOST_SUMS // phases, MOST_PRODUCTS[direction] // products))
             channels = max(n for n in range(1, min(c_dst, most) + 1) if c_dst % n == 0)
@@ -192,7 +194,9 @@ def choose(
         limit = min(sums // (phases * channels), READS // len(reads))
     # Neighbouring channels: 16 bytes of them, in 16 bits half as many where each has many reads.
     least = 1 if not last else 8 if half and 8 * len(reads) <= READS else 4
-    a_thread = 16 if last else 8 if len(reads) <= 2 else 4
+    # In 16 bits 16 pixels spilled 52 bytes on sm_80, 96 on sm_86 and sm_89, 32 on Hopper.
+    spills = half and target.backend == "cuda" and target.arch < 90
+    a_thread = (8 if spills else 16) if last else 8 if len(reads) <= 2 else 4
     while a_thread > least and a_thread > limit:
         a_thread //= 2
     long = c_src > FEW_IN

@@ -5,6 +5,9 @@ The kernels are imported at the first launch, so that tconv imports where Triton
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import gcd, prod
@@ -184,8 +187,10 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     problem = make_problem("backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output, grad_input)
     chosen = plan(problem, target_of(grad_output.device))
     if chosen.family == "aten":
-        function = _backward_input_of_copies if chosen.arranged else aten.backward_input
-        return noted.leave(key, partial(function, geometry=geometry), grad_output, weight, grad_input)
+        of = partial(aten.backward_input, geometry=geometry)
+        if chosen.arranged:
+            of = partial(_backward_input_of_copies, of)
+        return noted.leave(key, of, grad_output, weight, grad_input)
     with on_device(grad_output):
         if chosen.family == "few":
             gather_few(noted, chosen, grad_output, weight, None, grad_input, geometry, False)
@@ -217,8 +222,11 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
         return noted.leave(key, of, *operands, grad_weight)
 
     with on_device(input):
-        columns = c_in * (c_out // g)
-        partials = noted.workspace((chosen.splits, geometry.taps, columns), of_partials(input.dtype), input)
+        if isinstance(chosen.config, columns.WeightColumns):
+            _weight_columns(noted, chosen.config, input, grad_output, grad_weight, geometry)
+            return noted.keep(key)
+        pairs = c_in * (c_out // g)
+        partials = noted.workspace((chosen.splits, geometry.taps, pairs), of_partials(input.dtype), input)
         if chosen.family == "few":
             _weight_few(noted, chosen, input, grad_output, partials, geometry)
         else:
@@ -286,6 +294,29 @@ def _weight_sums(noted: Record, chosen: Plan, input, grad_output, partials, geom
         noted.launch(weight_gemm, grid, input, grad_output, partials, *scalars, **constants)
 
 
+def _weight_columns(
+    noted: Record, tile: columns.WeightColumns, input, grad_output, grad_weight, geometry: Geometry
+) -> None:
+    """Launch the column kernel that writes a weight's gradient."""
+    from .kernels.columns import weight_columns
+
+    g, (batch, c_in), size = geometry.groups, input.shape[:2], sizes3(input.shape[2:])
+    c_in, c_out, taps = c_in // g, grad_output.shape[1] // g, geometry.taps
+    w_i, width, last = c_out * taps, c_out * taps, order(grad_weight) == "channels"
+    noted.launch(
+        weight_columns, g * cdiv(c_in, tile.channels) * cdiv(width, tile.columns),
+        input, grad_output, grad_weight, batch * prod(size), c_in, c_out, width, *size, *sizes3(grad_output.shape[2:]),
+        *axis_scalars(geometry, inverse=False), *strides5(input), *strides5(grad_output), w_i,
+        *((1, c_out) if last else (taps, 1)),
+        ALIGNED=width % 16 == 0,
+        ACC=accumulator(input.dtype),
+        UNROLL=4,
+        BLOCK_M=tile.channels,
+        BLOCK_N=tile.columns,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
 def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     """A dense tensor rounded to TF32, in its memory format."""
     from .kernels.copies import round_dense
@@ -296,10 +327,34 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
+_shared = threading.local()  # .copies: what channels_last has made inside shared_copies, by what it was made of
+
+
+@contextmanager
+def shared_copies() -> Iterator[None]:
+    """Inside, in this thread, channels_last copies a tensor once: of an output's gradient both other gradients take one."""
+    before = getattr(_shared, "copies", None)
+    _shared.copies = {} if before is None else before
+    try:
+        yield
+    finally:
+        _shared.copies = before
+
+
 def channels_last(t, is_tf32: bool = False) -> torch.Tensor:
     """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost: 1-d ones have a height of 1 then.
     is_tf32: whether it is rounded, too."""
     key = "channels_last", is_tf32, record.facts(t)
+    copies = getattr(_shared, "copies", None)
+    if copies is None:
+        return _channels_last(t, is_tf32, key)
+    place = t.data_ptr(), key
+    if place not in copies:
+        copies[place] = _channels_last(t, is_tf32, key), t  # kept, so that no other tensor comes to lie there
+    return copies[place][0]
+
+
+def _channels_last(t, is_tf32: bool, key: tuple) -> torch.Tensor:
     if known := record.find(key):
         return known.again(t)
     noted = Record(t)
@@ -332,16 +387,17 @@ def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool = 
             arrange, t.shape[0] * cdiv(columns, block_c) * cdiv(rows, block_r),
             t, copy, columns, rows, rows // piece, 1, columns, 1, columns, columns,
             LAST=False, ROUND=is_tf32, VECTOR=gcd(columns, piece), PIECE=piece, BLOCK_P=block_c, BLOCK_C=block_r, PADDED=False,
+            OVERLAPS=False,
         )  # fmt: skip
 
 
 # cuDNN's kernels want channels_last, and of contiguous tensors it makes copies of its own, which take longer.
-def _backward_input_of_copies(grad_output, weight, like, geometry: Geometry) -> torch.Tensor:
-    """aten's grad_input of a contiguous grad_output, by way of channels_last."""
+def _backward_input_of_copies(function, grad_output, weight, like) -> torch.Tensor:
+    """What function, of aten.backward_input, makes of a channels_last copy, in fp32 the one that the other gradient takes."""
     batch, channels, *size = like.shape
     size = size if len(size) > 1 else [1, *size]
     like = like.view(batch, *size, channels).movedim(-1, 1)
-    made = aten.backward_input(channels_last(grad_output), weight, like, geometry)
+    made = function(channels_last(grad_output, grad_output.dtype is torch.float32), weight, like)
     return contiguous(made) if made.movedim(1, -1).is_contiguous() else made
 
 
@@ -365,6 +421,7 @@ def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bo
     noted.launch(
         arrange, grid, t, arranged, pixels, channels, pitch // piece, *size[1:], *padded[1:], prod(padded),
         LAST=last, ROUND=is_tf32, VECTOR=gcd(along, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c, PADDED=is_padded,
+        OVERLAPS=True,
         **OVERLAPPING,
     )  # fmt: skip
 

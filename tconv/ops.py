@@ -161,12 +161,13 @@ def _conv_transpose_setup(ctx, inputs, output):
 def _conv_transpose_backward(ctx, grad):
     input, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    return (
-        backward_input(grad, weight, input.shape[2:], *ctx.layer) if needs[0] else None,
-        backward_weight(grad, input, weight.shape[2:], *ctx.layer) if needs[1] else None,
-        backward_bias(grad) if needs[2] else None,
-        *(None,) * 5,
-    )
+    with launch.shared_copies():
+        return (
+            backward_input(grad, weight, input.shape[2:], *ctx.layer) if needs[0] else None,
+            backward_weight(grad, input, weight.shape[2:], *ctx.layer) if needs[1] else None,
+            backward_bias(grad) if needs[2] else None,
+            *(None,) * 5,
+        )
 
 
 def _backward_input_setup(ctx, inputs, output):

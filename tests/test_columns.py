@@ -205,6 +205,109 @@ def test_splits_share_the_steps():
                 assert splits == 1 or splits * width * pixels <= 1 << 26
 
 
+@pytest.fixture
+def always_weights(monkeypatch):
+    """The kernel takes every weight's gradient but those of few channels."""
+    of_weight = columns.of_weight
+    for name, value in dict(LEAST_WEIGHT=0, FEW_PIXELS=1 << 20, FEW_HALVES=1 << 20).items():
+        monkeypatch.setattr(columns, name, value)
+    monkeypatch.setattr(columns, "of_weight", lambda *args: of_weight(*args[:4], 0, *args[5:]))
+    dispatch.plan.cache_clear()
+    yield
+    dispatch.plan.cache_clear()
+
+
+def gradient(x, w, grad, options):
+    """(the plan of the weight's gradient, the gradient)."""
+    plan = tconv.explain(x, w, **options).passes[2].plan
+    w = w.detach().requires_grad_(True)
+    return plan, torch.autograd.grad(TCONV[x.ndim - 2](x, w, **options), w, grad)[0]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_gradients_of_weights(seed, device, always_weights, ieee):
+    if (layer := drawn(seed)) is None:
+        pytest.skip("no output")
+    x, w, _, options = layer
+    grad = torch.randn(ATEN[x.ndim - 2](x, w, **options).shape, dtype=torch.float64)
+    expected = oracle(x.ndim - 2, x, w, None, grad, **options)[2]
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    x, w, grad = (t.to(device, dtype) for t in (x, w, grad))
+    if seed % 2 and x.ndim > 3:
+        grad = grad.contiguous(memory_format=LAST[x.ndim])
+    plan, actual = gradient(x, w, grad, options)
+    assert isinstance(plan.config, columns.WeightColumns) or plan.family == "few", plan
+    assert errors(actual.cpu(), expected)[1] < (1e-13 if device == "cpu" else 3e-7)
+    assert torch.equal(actual, gradient(x, w, grad, options)[1])
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)
+@pytest.mark.parametrize("where", ("input", "grad"))
+def test_nan_and_inf_in_gradients_of_weights(where, value, device, always_weights, ieee):
+    x, w = torch.randn(2, 70, 3, 2), torch.randn(70, 9, 4, 3)
+    options = dict(stride=2, padding=1)
+    grad = torch.randn(ATEN[2](x, w, **options).shape)
+    alone = [torch.zeros_like(t) if (t is x) == (where == "input") else torch.ones_like(t) for t in (x, grad)]
+    (x if where == "input" else grad)[1, 5, 0, 1] = value
+    alone[where == "grad"][1, 5, 0, 1] = 1
+    reached = (
+        oracle(2, alone[0], w, None, alone[1], **options)[2] != 0
+    )  # what has a product with it, inside the borders
+    plan, actual = gradient(*(t.to(device) for t in (x, w, grad)), options)
+    assert plan.family == "columns"
+    assert 0 < reached.sum() < reached.numel() and torch.equal(actual.cpu().isfinite(), ~reached)
+
+
+@pytest.mark.parametrize(
+    "args, options, dtype, taken",
+    [
+        ((512, 512, 4, (1, 1), 1), dict(stride=2, padding=1), torch.float32, True),
+        ((512, 512, 4, (1, 1), 1), dict(stride=2, padding=1), torch.bfloat16, True),
+        ((1024, 512, 4, (2, 2), 1), dict(stride=2, padding=1), torch.float16, True),
+        ((1024, 512, 4, (6, 6), 1), dict(stride=2, padding=1), torch.float32, True),
+        ((1024, 512, 4, (6, 6), 1), dict(stride=2, padding=1), torch.float16, False),  # too many products
+        ((1024, 512, 4, (8, 8), 1), dict(stride=2, padding=1), torch.float32, False),
+        ((100, 512, 4, (1, 1), 64), {}, torch.float32, True),
+        ((64, 64, 2, (4, 4), 4), dict(stride=2), torch.float32, False),  # not mostly the weight
+    ],
+)
+def test_which_gradients_of_weights(args, options, dtype, taken):
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    problem = dispatch.Problem("backward_weight", geometry, batch, c_in, c_out, size, dtype, True, "width")
+    plan = dispatch.plan(problem, HOPPER)
+    assert isinstance(plan.config, columns.WeightColumns) == taken, plan
+    assert not taken or "columns" in plan.config.describe()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
+@pytest.mark.parametrize(
+    "args, options",
+    [
+        ((512, 512, 4, (1, 1), 1), dict(stride=2, padding=1)),
+        ((1024, 512, 4, (2, 2), 1), dict(stride=2, padding=1)),
+        ((320, 320, 2, (2, 2, 2), 1), dict(stride=2)),
+        ((1536, 768, 16, (4,), 1), dict(stride=8)),
+    ],
+    ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
+)
+def test_gradients_of_weights_on_a_gpu(args, options, precision, last):
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype = getattr(torch, precision, torch.float32)
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    x = torch.randn(batch, c_in, *size, device="cuda").to(dtype)
+    w = torch.empty(c_in, c_out, *geometry.kernel, device="cuda", dtype=dtype)
+    grad = torch.randn(batch, c_out, *geometry.output_size(size), device="cuda").to(dtype)
+    if last and geometry.ndim > 1:
+        x, w, grad = (t.contiguous(memory_format=LAST[t.ndim]) for t in (x, w, grad))
+    plan, actual = gradient(x, w, grad, options)
+    assert isinstance(plan.config, columns.WeightColumns), plan
+    exact = oracle(geometry.ndim, x, w, None, grad, **options)[2]
+    assert errors(actual, exact)[1] < {torch.float32: 2e-7, torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
+    assert torch.equal(actual, gradient(x, w, grad, options)[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))

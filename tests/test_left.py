@@ -13,7 +13,8 @@ from tconv.configs import Target
 
 HOPPER = Target("cuda", 90, 132)
 GRADIENTS = {"backward_input", "backward_weight"}
-WIDE_GROUPS = Case("wide groups", (1, 128, 4, 4), (128, 64, 3, 3), dict(stride=2, groups=2))
+WIDE_GROUPS = Case("wide groups", (2, 128, 4, 4), (128, 64, 3, 3), dict(stride=2, groups=2))
+LONG_SUMS = Case("long sums", (1, 21, 2, 2), (21, 21, 64, 64), dict(stride=32))
 DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
 
 
@@ -41,6 +42,7 @@ def plans(case, dtype, target, tf32, monkeypatch, last=False):
         (WIDE_GROUPS, torch.float32, False, set()),
         (DENSE, torch.float32, False, set()),
         (by_id("2d_groups3"), torch.float32, True, {"backward_input"}),  # narrow groups have better than TF32
+        (LONG_SUMS, torch.float32, True, set()),  # cuDNN's choice for torch is fp32
         (DEPTHWISE, torch.float32, True, {"backward_input"}),
         (DEPTHWISE, torch.float32, False, {"backward_input"}),
         (DEPTHWISE, torch.float16, False, {"backward_input"}),
@@ -153,7 +155,7 @@ def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
         explained = tconv.explain(*tensors[:3], **case.layer)
         _, of_input, of_weight = (p.plan for p in explained.passes)
         assert (of_input.family, of_weight.family) == ("aten", "aten")
-        assert of_input.arranged == (half and whole and "pixels" not in case.id)
+        assert of_input.arranged == (whole and "pixels" not in case.id)
         assert of_weight.arranged == whole
         assert of_weight.splits == (1 if half else case.input[0])
         assert ("of channels_last copies" in str(explained)) == whole
@@ -166,6 +168,27 @@ def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
             assert actual.is_contiguous() and actual.dtype == dtype and actual.shape == expected.shape
             assert errors(actual, expected)[1] < (4e-3 if half else 1e-3)
     dispatch.plan.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_copies_are_shared(dtype, device, leaving, monkeypatch):
+    """A step copies the output's gradient once, and results are those of the passes by themselves."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    copied = []
+    made = launch._channels_last
+    monkeypatch.setattr(launch, "_channels_last", lambda t, *about: copied.append(t.shape) or made(t, *about))
+    input, weight, _, grad = make(COPIED[1], dtype, device)
+    stride, padding, output_padding = (2, 2), (1, 1), (1, 1)
+    layer = stride, padding, output_padding, 1, (1, 1)
+    for _ in range(2):
+        leaves = [t.detach().requires_grad_(True) for t in (input, weight)]
+        output = tconv.conv_transpose2d(*leaves, None, *layer)
+        copied.clear()
+        results = torch.autograd.grad(output, leaves, grad)
+        assert copied == [grad.shape, input.shape]
+        assert torch.equal(results[0], torch.ops.tconv.backward_input(grad, weight, list(input.shape[2:]), *layer))
+        assert torch.equal(results[1], torch.ops.tconv.backward_weight(grad, input, list(weight.shape[2:]), *layer))
+        assert copied == [grad.shape, input.shape, grad.shape, grad.shape, input.shape]
 
 
 @pytest.mark.parametrize(

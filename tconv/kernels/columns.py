@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .common import (
     axis_taps,
+    inside,
     kernel_name,
     known_channels,
     known_strides,
@@ -170,3 +171,65 @@ def add_columns(
         acc += widen(tl.load(bias + channel, mask=ok, other=0.0), tl.float64)
     out = n * dst_n + channel * dst_c + od * dst_d + oh * dst_h + ow * dst_w
     tl.store(dst + out, narrow(acc, dst.dtype.element_ty), mask=ok)
+
+
+@triton.jit(
+    repr=kernel_name("tconv_weight_columns"),
+    do_not_specialize=(
+        "pixels c_in c_out columns d_in h_in w_in d_out h_out w_out kd kh kw strided strideh stridew padd padh padw "
+        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w w_i of_channel of_tap"
+    ).split(),
+)
+def weight_columns(
+    x, y, grad, pixels, c_in, c_out, columns, d_in, h_in, w_in, d_out, h_out, w_out,
+    kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
+    x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, w_i, of_channel, of_tap,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad[channel, column] = sum over the input's pixels of x * y: the weight's gradient where pixels are few, in the order
+    in which it lies.
+
+    y is the output's gradient; a column is an (output channel, tap) pair of a group, of_channel and of_tap how many columns
+    lie between its channels and between its taps; c_in, c_out and columns are a group's.  Multiply-adds, a tile [BLOCK_M input
+    channels, BLOCK_N columns] a program, w_i elements from one input channel's columns to the next one's.  ALIGNED: whether 16
+    divides w_i and columns.
+    """
+    if ALIGNED:
+        w_i = w_i // 16 * 16
+        columns = columns // 16 * 16
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    tiles_m = tl.cdiv(c_in, BLOCK_M)
+    pid = tl.program_id(0)
+    column = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = pid // tiles_n
+    ci = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = pid // tiles_m
+    column_ok = column < columns
+    ci_ok = ci < c_in
+    taps = kd * kh * kw
+    tap = column // of_tap % taps
+    # Where this column's products lie for the first pixel.
+    td = tap // (kh * kw) * dild - padd
+    th = tap // kw % kh * dilh - padh
+    tw = tap % kw * dilw - padw
+    of_y = (group * c_out + column // of_channel % c_out) * y_c + td * y_d + th * y_h + tw * y_w
+    of_x = (group * c_in + ci) * x_c
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for first in range(0, pixels, UNROLL):
+        for u in tl.static_range(UNROLL):  # so that the loads of several pixels are on their way together
+            p = tl.minimum(first + u, pixels - 1)
+            depth = tl.where(first + u < pixels, d_out, 0)  # beyond the last pixel nothing is inside
+            n, d, h = split_row(p // w_in, d_in, h_in)
+            w = p % w_in
+            at_x = n * x_n + d * x_d + h * x_h + w * x_w
+            at_y = n * y_n + d * strided * y_d + h * strideh * y_h + w * stridew * y_w
+            reached = column_ok & inside(td + d * strided, depth) & inside(th + h * strideh, h_out)
+            reached &= inside(tw + w * stridew, w_out)
+            a = widen(tl.load(x + (at_x + of_x), mask=ci_ok, other=0.0), ACC)
+            b = widen(tl.load(y + (at_y + of_y), mask=reached, other=0.0), ACC)
+            # An infinity beside the border multiplies nothing.
+            acc = tl.where(reached[None, :], acc + a[:, None] * b[None, :], acc)
+
+    out = grad + ((group * c_in + ci).to(tl.int64) * w_i)[:, None] + column[None, :]
+    tl.store(out, acc.to(grad.dtype.element_ty), mask=ci_ok[:, None] & column_ok[None, :])

@@ -40,13 +40,15 @@ def arrange(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PADDED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """arranged[image, pixel, channel] = x[image, channel, pixel] (LAST: x[image, pixel, channel]) in `pieces` of PIECE channels,
     which is 16 bytes, zeros beyond x's; with ROUND rounded to TF32.  VECTOR divides x's contiguous axis, and `pitch` where that
     is the width.
     PADDED: an image has `padded` pixels, in planes of `rows` rows of `pitch`, of which x has `height` of `width`; zeros beyond.
-    It begins before the launch ahead of it has ended and lets the next one begin, for which it waits at its end."""
-    gdc_launch_dependents()
+    OVERLAPS: it begins before the launch ahead of it has ended and lets the next one begin, for which it waits at its end."""
+    if OVERLAPS:
+        gdc_launch_dependents()
     all_channels = pieces * PIECE
     if LAST:
         channels = channels // VECTOR * VECTOR
@@ -78,4 +80,5 @@ def arrange(
         v = round_tf32(v)
     mask = (p < padded)[:, None] & (c < all_channels)[None, :]
     tl.store(arranged + ((image * padded + p) * all_channels)[:, None] + c[None, :], v, mask=mask)
-    gdc_wait()
+    if OVERLAPS:
+        gdc_wait()
