@@ -240,14 +240,24 @@ def test_speedups_and_summary():
     assert summary.worst.row["case"] == "b" and summary.worst.rival["provider"] == "cudnn"
     assert [s.ratio for s in report.speedups(rows, "tconv-graph")] == [0.5]
     assert [line.label for line in report.by_class(found)] == ["stride 1", "2-d", "all"]
+    assert [line.label for line in report.by_axis(found)] == ["s tf32 contiguous forward"]
+    assert [line.label for line in report.by_axis(found, suites=False)] == ["tf32 contiguous forward"]
     assert report.failures(rows) == [
         ["c forward tf32 contiguous", "mine", "wrong", ""],
         ["d forward tf32 contiguous", "tconv", "wrong", "NaN"],
     ]
     text = report.markdown({"head": {"device": "none"}, "rows": rows})
     assert "| b forward tf32 | shift | 2.0000 |" in text and "0.50x b forward tf32 (to cudnn)" in text
-    assert "slower than the best other provider in **1 of 3** cases, and leaves 1 to aten" in text
+    assert "slower than the best other provider, beyond the noise, in **1 of 3** cases, and leaves 1 to aten" in text
     assert math.isnan(report.geomean([]))
+
+
+@pytest.mark.parametrize(
+    "ms, spread, lost", [(1.02, 0.0, False), (1.04, 0.0, True), (1.04, 0.05, False), (0.5, 0.0, False)]
+)
+def test_a_loss_is_one_beyond_the_noise(ms, spread, lost):
+    rows = [row("a", ms=ms, ms_spread=spread), row("a", "cudnn", 1.0, ms_spread=0.0)]
+    assert report.summarise("", report.speedups(rows)).losses == lost
 
 
 def test_charts(tmp_path):

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .report import KEY, geomean
-
-# Medians of two runs differ by more than the spread within either (clocks, temperature, where memory lies), so a
-# difference below this share is never called a change.
-FLOOR = 0.03
+from .report import KEY, geomean, noise
 
 
 @dataclass(frozen=True)
@@ -25,9 +21,8 @@ class Change:
 
     @property
     def noise(self) -> float:
-        """Milliseconds by which the medians may differ: both interquartile ranges, and at least FLOOR."""
-        floor = FLOOR * min(self.before["ms"], self.after["ms"])
-        return max(floor, self.before["ms_spread"] + self.after["ms_spread"])
+        """Milliseconds by which the medians may differ."""
+        return noise(self.before, self.after)
 
     @property
     def moved(self) -> bool:

@@ -46,9 +46,10 @@ def speedup_chart(result: dict, path: Path) -> None:
     for ax, (name, group) in zip(axes[0], groups.items()):
         ax.axhspan(2.0 ** (low - 1), 1, color=COLOURS["other"], alpha=0.12, linewidth=0)
         for pass_name in dict.fromkeys(s.row["pass"] for s in group):
-            ratios = sorted(s.ratio for s in group if s.row["pass"] == pass_name)
+            of_pass = [s for s in group if s.row["pass"] == pass_name]
+            ratios = sorted(s.ratio for s in of_pass)
             share = [(i + 0.5) / len(ratios) for i in range(len(ratios))]
-            losses = f"{sum(r < 1 for r in ratios)} of {len(ratios)}"
+            losses = f"{sum(s.lost for s in of_pass)} of {len(ratios)}"
             marker = "." if len(ratios) < MANY else None
             ax.plot(share, ratios, marker=marker, label=f"{pass_name}: {geomean(ratios):.2f}x, {losses}")
         ax.axhline(1, color=COLOURS["roof"], linewidth=0.8)
@@ -56,7 +57,7 @@ def speedup_chart(result: dict, path: Path) -> None:
         ax.set(yscale="log", ylim=(2.0 ** (low - 0.2), 2.0 ** (high + 0.2)), title=name, xlabel="share of cases")
         ax.set_yticks(ticks, [f"{t:g}x" for t in ticks])
         ax.minorticks_off()
-        _legend(ax, title="geometric mean, losses (shaded: below 1x)")
+        _legend(ax, title="geometric mean, losses beyond the noise")
     axes[0][0].set_ylabel("speed-up over the best other")
     _write(plt, figure, result, path)
 
@@ -78,8 +79,8 @@ def roofline_chart(result: dict, path: Path) -> None:
         ax.plot([low, ridge, high], [low * copy / 1e3, rate, rate], color=COLOURS["roof"], linewidth=1, label=roof)
         for label, colour, face, rows in (
             ("best other", "other", COLOURS["other"], [s.rival for s in group]),
-            ("tconv, faster", "tconv", COLOURS["tconv"], [s.row for s in group if s.ratio >= 1]),
-            ("tconv, slower", "tconv", "none", [s.row for s in group if s.ratio < 1]),
+            ("tconv", "tconv", COLOURS["tconv"], [s.row for s in group if not s.lost]),
+            ("tconv, a loss", "tconv", "none", [s.row for s in group if s.lost]),
         ):
             points = [r["flops"] / r["bytes"] for r in rows], [r["tflops"] for r in rows]
             ax.scatter(
