@@ -229,7 +229,7 @@ def unsupported(target: Target) -> str | None:
 WIDE_GROUP_CHANNELS = 64
 # What is left to aten, and why: the time of the kernels that every GPU runs over cuDNN's.  Gradients: on an H100 and an H200,
 # geometric means over core; in IEEE fp32 they are level, but for depthwise grad_input; so are depthwise weights'.  Forward:
-# groups, which the shift kernel does not take yet: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
+# groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
 # and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32).
 LEFT = {
     "forward": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
@@ -336,14 +336,17 @@ def _shift(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan |
     p = problem
     if "shift" in target.without:
         return None, "the shift kernel is left out"
-    refused = shift.refuse(p.geometry, p.c_in, p.large, how, p.source, p.destination, target)
+    g = p.geometry.groups
+    c_in, c_out = p.c_in // g, p.c_out // g
+    refused = shift.refuse(p.geometry, c_in, c_out, p.large, how, p.source, p.destination, target)
     if refused:
         return None, refused
+    dense = p.dense and (g == 1 or p.batch == 1)  # as a group's part of the tensors is
     chosen = shift.choose(
-        p.geometry, p.batch, p.c_in, p.c_out, p.input_size, HALVES.get(p.dtype, how), p.source, p.destination, p.vector,
-        p.dense, target.triton >= shift.ROUNDING_TRITON, target.processors,
+        p.geometry, p.batch, c_in, c_out, p.input_size, HALVES.get(p.dtype, how), p.source, p.destination, p.vector,
+        dense, target.triton >= shift.ROUNDING_TRITON, target.processors,
     )  # fmt: skip
-    if not chosen:
+    if not chosen or (chosen[2] > 1 and not dense):
         return None, "none of the shift kernel's tiles fits or fills the GPU"
     tile, arranged, splits = chosen
     return Plan("shift", why, how, tile, splits, arranged=arranged), ""
@@ -375,17 +378,15 @@ def plan(problem: Problem, target: Target) -> Plan:
     why += f"; {refused}" if refused else ""
     if problem.direction == "backward_weight" and (tile := _weight_columns(problem, target)):
         return Plan("columns", f"{why}: writing the weight takes the time", "", tile)
+    if problem.direction == "forward" and not is_direct:
+        for family in (_columns, _shift):
+            chosen, refused = family(problem, how, why, target)
+            if chosen:
+                return chosen
+            why += f"; {refused}"
     if left := _leave(problem, is_direct, how, target):
         return left
     if problem.direction == "forward" and not is_direct:
-        chosen, refused = _columns(problem, how, why, target)
-        if chosen:
-            return chosen
-        why += f"; {refused}"
-        chosen, refused = _shift(problem, how, why, target)
-        if chosen:
-            return chosen
-        why += f"; {refused}"
         thin, _ = _few(problem, how, target, portable=True)
         if thin:
             return _few_plan(problem, f"{why}; too few for the tensor core", thin, target)

@@ -624,7 +624,13 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
 
 
 def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
-    """Launch the shift kernel; 1-d and 2-d layers run as 3-d ones of one row or one plane."""
+    """Launch the shift kernel; 1-d and 2-d layers run as 3-d ones of one row or one plane.  Groups run one after the other."""
+    if (g := geometry.groups) > 1:
+        part, one = noted.part, replace(geometry, groups=1)
+        for i in range(g):
+            of_group = part(input, 1, i, g), part(weight, 0, i, g), part(bias, 0, i, g), part(output, 1, i, g)
+            forward_shift(noted, chosen, *of_group, one)
+        return
     from .kernels import shift as kernels
 
     tile = chosen.config

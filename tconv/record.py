@@ -45,6 +45,9 @@ class Record:
         """tensors: those of the call, in the order in which `again` will be given others; the first is on the device."""
         self._known: list[torch.Tensor | None] = list(tensors)
         self._allocations: list[dict[str, Any]] = []  # arguments of torch.empty
+        # Parts of tensors, and how to cut them again: (which of the known tensors, dimension, first, how many).
+        self._parts: list[torch.Tensor] = []
+        self._cuts: list[tuple[int, int, int, int]] = []
         self._steps: list[tuple] = []
         self._left: Callable[[tuple], torch.Tensor] | None = None  # makes the result where no step does
         # Whether every launch can be repeated: not those of a tensor that plays two parts, which others need not play.
@@ -66,6 +69,22 @@ class Record:
         """An uninitialised tensor for the time of the call, on like's device."""
         return self._empty(size=size, dtype=dtype, device=like.device, memory_format=memory_format)
 
+    def part(self, t: torch.Tensor | None, dim: int, index: int, count: int) -> torch.Tensor | None:
+        """The index-th of `count` equal parts of one of the tensors along a dimension, for launches to take."""
+        if t is None:
+            return None
+        size = t.shape[dim] // count
+        self._cuts.append((self._place(t), dim, index * size, size))
+        self._parts.append(t.narrow(dim, index * size, size))
+        return self._parts[-1]
+
+    def _place(self, t: torch.Tensor) -> int:
+        """Where `again` has a tensor: parts are counted from the end."""
+        for n, each in enumerate(self._known):
+            if each is t:
+                return n
+        return -1 - next(n for n, each in enumerate(self._parts) if each is t)
+
     def launch(self, kernel, grid: int | tuple[int, int], *args, **constants) -> None:
         """Launch `kernel` on `grid` programs.  Tensors among the arguments are the call's or were allocated here."""
         grid = (grid, 1) if isinstance(grid, int) else grid
@@ -80,7 +99,7 @@ class Record:
         for i, value in enumerate(values):
             base, facts = value if isinstance(value, Described) else (value, None)
             if isinstance(base, torch.Tensor):
-                places.append((i, next(n for n, t in enumerate(self._known) if t is base), facts))
+                places.append((i, self._place(base), facts))
                 values[i] = None  # a record keeps no tensor alive
         self._steps.append((compiled[(grid[0], grid[1], 1)], values, places))
 
@@ -88,7 +107,7 @@ class Record:
         """Let `find` find this, if it can be repeated; returns the result."""
         result = self._known[-len(self._allocations)]
         assert result is not None
-        self._known = []
+        self._known, self._parts = [], []
         if self._complete:
             _keep(key, self)
         return result
@@ -120,6 +139,8 @@ class Record:
         assert first is not None
         with on_device(first):
             known = *tensors, *(torch.empty(**how) for how in self._allocations)
+            if self._cuts:
+                known += tuple(known[n].narrow(*cut) for n, *cut in reversed(self._cuts))  # type: ignore[union-attr]
             for start, values, places in self._steps:
                 args = values.copy()
                 for i, at, facts in places:

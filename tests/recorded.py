@@ -125,18 +125,20 @@ def main() -> int:
         ("bulk", (2, 64, 8, 16, 16), 1, torch.bfloat16, True),
         ("direct", (2, 64, 16, 16), 64, torch.float32, False),
         ("groups", (2, 64, 16, 16), 2, torch.float16, True),
+        ("wide groups", (1, 512, 64, 64), 4, torch.float16, False),
         ("strips of a copy, in parts", (32, 768, 6, 6), 1, torch.float16, False),
-        ("rounded by copies", (2, 64, 64, 64), 1, torch.float32, True),
         ("small", (1, 64, 4, 4), 1, torch.float32, True),
+        ("rounded by copies", (2, 64, 64, 64), 1, torch.float32, True),
     ):
         n = len(size) - 2
         stride = 4 if title == "staged and folded" else 2
         geometry = Geometry((4,) * n, (stride,) * n, (1,) * n, (0,) * n, groups, (1,) * n)
         form = {2: torch.channels_last, 3: torch.channels_last_3d}[n] if last else torch.contiguous_format
         x = torch.randn(size).to(dtype).contiguous(memory_format=form)
-        w = torch.randn(size[1], 64 // groups, *geometry.kernel).to(dtype)
-        bias = torch.randn(64).to(dtype)
-        y = launch.empty_output(x, w, geometry.output_size(size[2:]), 64).zero_()
+        c_out = 256 if title == "wide groups" else 64
+        w = torch.randn(size[1], c_out // groups, *geometry.kernel).to(dtype)
+        bias = torch.randn(c_out).to(dtype)
+        y = launch.empty_output(x, w, geometry.output_size(size[2:]), c_out).zero_()
         good &= compare(f"{title} forward", launch.forward, x, w, bias, geometry)
         good &= compare(f"{title} forward without bias", launch.forward, x, w, None, geometry)
         good &= compare(f"{title} backward_input", launch.backward_input, y, w, size[2:], geometry)

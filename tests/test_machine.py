@@ -1,6 +1,7 @@
 """The shift kernel's own code, run on the CPU by tests/machine.py, on a GPU's behalf."""
 
 import random
+from dataclasses import replace
 from math import gcd
 from pathlib import Path
 
@@ -65,14 +66,16 @@ def kinds(g, dtype, c_in, c_out, columns, partial=False):
 SIZES = {1: (41,), 2: (7, 9), 3: (3, 5, 6)}
 
 
-def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None, arranged=False, splits=1):
+def run(
+    g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change=None, arranged=False, splits=1, groups=1, batch=2
+):  # fmt: skip
     """The layer's output with this tile, and what it should be.  arranged: of a copy of the input, which is dense then, as it is
-    for strips."""
+    for strips.  c_in and c_out are a group's."""
     torch.manual_seed(seed)
-    size = SIZES[g.ndim]
-    x, w, bias = torch.randn(2, c_in, *size), torch.randn(c_in, c_out, *g.kernel), torch.randn(c_out)
-    x, w, bias = (t.to(DTYPES[dtype]) for t in (x, w, bias))
-    y = torch.full((2, c_out, *g.output_size(size)), torch.nan, dtype=x.dtype)
+    size, g = SIZES[g.ndim], replace(g, groups=groups)
+    x, w = torch.randn(batch, c_in * groups, *size), torch.randn(c_in * groups, c_out, *g.kernel)
+    x, w, bias = (t.to(DTYPES[dtype]) for t in (x, w, torch.randn(c_out * groups)))
+    y = torch.full((batch, c_out * groups, *g.output_size(size)), torch.nan, dtype=x.dtype)
     if source_last and (arranged or tile.strip):
         x = x.contiguous(memory_format=LAST[g.ndim])
     elif source_last:  # of a tensor of more channels, which are not to be read
@@ -84,7 +87,9 @@ def run(g, dtype, tile, source_last, destination_last, c_in, c_out, seed, change
     launch.forward_shift(noted, Plan("shift", "", precision, tile, splits, arranged=arranged), x, w, bias, y, g)
     if dtype == "tf32":
         x, w = round_tf32(x), round_tf32(w)
-    options = dict(stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation)
+    options = dict(
+        stride=g.stride, padding=g.padding, output_padding=g.output_padding, dilation=g.dilation, groups=groups
+    )
     return y, ATEN[g.ndim](x.double(), w.double(), bias.double(), **options)
 
 
@@ -155,6 +160,18 @@ def test_sums_in_parts(name, dtype):
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=3, splits=splits)
         # The sums are added by Triton's interpreter, which truncates to bfloat16.
         assert_near(y, exact, dtype, tile, half=2**-7)
+
+
+@pytest.mark.parametrize("batch, arranged, splits", [(2, False, 1), (1, True, 1), (1, False, 2)])
+@pytest.mark.parametrize("name", ("k3s2p1op1", "1d_k16s8"))
+def test_groups(name, batch, arranged, splits):
+    """Groups are parts of contiguous tensors; where there is one image, they are dense, and can be copied or summed in parts."""
+    g, c_in, c_out = GEOMETRIES[name], 128 if splits > 1 else 64, 16
+    found = kinds(g, "bf16", c_in, c_out, 12, partial=splits > 1)
+    ways = ("channels", "bulk", "width") if arranged else ("width", "threads", "width")
+    (tile, *_), *_ = next(each for kind, each in found.items() if kind[:3] == ways)
+    y, exact = run(g, "bf16", tile, False, False, c_in, c_out, 3, None, arranged, splits, groups=3, batch=batch)
+    assert_near(y, exact, "bf16", tile, half=2**-7 if splits > 1 else 2**-8)
 
 
 @pytest.mark.parametrize("name", ("k4s2p1", "1d_k16s8", "3d_k3s2p1op1"))

@@ -20,11 +20,11 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 TARGET = Target("cuda", 90, 132, (3, 6))
 
 
-def geometry(ndim, kernel, stride=1, padding=0, output_padding=0, dilation=1):
-    """A Geometry of ndim axes from ints and tuples, without groups."""
+def geometry(ndim, kernel, stride=1, padding=0, output_padding=0, dilation=1, groups=1):
+    """A Geometry of ndim axes from ints and tuples."""
     values = ((v,) * ndim if isinstance(v, int) else v for v in (kernel, stride, padding, output_padding, dilation))
     kernel, stride, padding, output_padding, dilation = values
-    return Geometry(kernel, stride, padding, output_padding, 1, dilation)
+    return Geometry(kernel, stride, padding, output_padding, groups, dilation)
 
 
 def blocks_of(tile: shift.Shift, g: Geometry, w):
@@ -496,6 +496,30 @@ def test_small_grids_are_filled_by_parts_of_the_sums():
         assert many.splits == 1 and not many.config.partial
 
 
+@pytest.mark.parametrize(
+    "change, taken",
+    [
+        ({}, True),
+        (dict(dtype=torch.float32), True),
+        (dict(dtype=torch.float32, tf32=False), True),
+        (dict(batch=2), True),
+        (dict(source="vectors", destination="vectors"), False),
+        (dict(c_out=8 * 32), False),
+        (dict(geometry=geometry(2, 3, 2, groups=64), c_in=64 * 64, c_out=64 * 64), False),
+    ],
+)
+def test_wide_groups(change, taken):
+    """StyleGAN2's, a sample's weights each: of contiguous tensors."""
+    sizes = geometry(2, 3, 2, groups=8), 1, 4096, 2048, (64, 64)
+    problem = Problem("forward", *sizes, torch.bfloat16, True, "width", "width", 16)
+    chosen = plan(replace(problem, **change), TARGET)
+    assert (chosen.family == "shift") == taken
+    assert taken or "in contiguous tensors" in chosen.reason or chosen.family == "aten"
+    assert (
+        not taken or change.get("batch", 1) == 1 or (chosen.splits == 1 and not chosen.arranged)
+    )  # parts are not dense
+
+
 def formats(ndim):
     return (torch.contiguous_format, *{2: [torch.channels_last], 3: [torch.channels_last_3d]}.get(ndim, []))
 
@@ -537,6 +561,24 @@ def test_on_the_gpu(case, precision, reserve):
         assert_no_worse(y, exact, peer, f"{x_format} {w_format}")
         assert all(torch.equal(y, function(*inputs, bias, **case.layer)) for _ in range(3))
         assert_no_worse(function(*inputs, **case.layer), exact - bias.double().view(-1, *(1,) * ndim), peer, "no bias")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("precision", ("tf32", "ieee", "float16", "bfloat16"))
+@pytest.mark.parametrize("batch, groups", [(1, 8), (3, 2)])
+def test_groups_on_the_gpu(batch, groups, precision):
+    dtype = getattr(torch, precision, torch.float32)
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if precision == "ieee" else "tf32"
+    x = torch.randn(batch, 256 * groups, 33, 30, device="cuda", dtype=dtype)
+    w = torch.randn(256 * groups, 128, 3, 3, device="cuda", dtype=dtype) / 16
+    bias = torch.randn(128 * groups, device="cuda", dtype=dtype)
+    options = dict(stride=2, groups=groups)
+    assert tconv.explain(x, w, bias, **options).passes[0].plan.family == "shift"
+    y = tconv.conv_transpose2d(x, w, bias, **options)
+    exact = ATEN[2](x.double(), w.double(), bias.double(), **options)
+    assert_no_worse(y, exact, ATEN[2](x, w, bias, **options), f"{groups} groups")
+    assert all(torch.equal(y, tconv.conv_transpose2d(x, w, bias, **options)) for _ in range(3))
 
 
 @pytest.mark.gpu
