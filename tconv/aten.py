@@ -58,7 +58,7 @@ def backward_input(grad_output, weight, like, geometry: Geometry) -> torch.Tenso
 
 def backward_weight(grad_output, input, like, geometry: Geometry, parts: int = 1) -> torch.Tensor:
     """aten's grad_weight, the sum of those of so many parts of the batch."""
-    batches = zip(grad_output.chunk(parts), input.chunk(parts))
+    batches = zip(grad_output.tensor_split(parts), input.tensor_split(parts))
     total = _gradient(1, *next(batches), like, geometry)
     for part in batches:
         total += _gradient(1, *part, like, geometry)

@@ -109,7 +109,6 @@ class WeightColumns:
 
     columns: int
     channels: int
-    num_warps: int
 
     def describe(self) -> str:
         return f"{self.channels} input channels x {self.columns} columns"
@@ -118,12 +117,15 @@ class WeightColumns:
 def of_weight(
     groups: int, c_in: int, columns: int, pixels: int, activations: int, element_size: int, large: bool
 ) -> WeightColumns | None:
-    """The tile, or None where writing the weight is not most of the problem, or products are too many.  c_in and columns
-    (output channels times taps) are a group's, pixels those of the input's whole batch, activations the elements of the input and of the output's gradient."""
+    """The tile, or None where writing the weight is not most of the problem, or products are too many.
+
+    c_in and columns (output channels times taps) are a group's, pixels those of the input's whole batch, activations the
+    elements of the input and of the output's gradient.
+    """
     weight = groups * c_in * columns
     is_half = element_size == 2
     short = pixels < FEW_PIXELS and not is_half
     few = short or (pixels <= (FEW_HALVES if is_half else FEW_FLOATS) and pixels * weight <= FEW_PRODUCTS)
     if large or not few or weight < activations or weight * element_size < LEAST_WEIGHT:
         return None
-    return WeightColumns(power_of_two(columns, 16, 256), power_of_two(c_in, 4, 16), 4)
+    return WeightColumns(power_of_two(columns, 16, 256), power_of_two(c_in, 4, 16))

@@ -88,7 +88,7 @@ class Plan:
     splits: int = 1
     tiles_per_split: int = 0
     # Whether what the pass reads is first copied, its channels innermost, at TF32 rounded: for the shift kernel its input, of
-    # strips with zeros behind rows; for aten's gradients both activations.
+    # strips with zeros behind rows; for aten's gradients the activations.
     arranged: bool = False
 
 
@@ -238,7 +238,8 @@ LEFT = {
 }
 # cuDNN's deterministic TF32 weight gradients may add all their products in one chain, in which the tensor core truncates: with
 # 262,144 of them (L2/77) the error was 6.8e-4 in root mean square, with 524,288 (L2/78) 1.2e-3, where rounded operands and an
-# exact sum have 3e-4.  So they get parts of the batch of about so many products, and the parts are added in fp32.
+# exact sum have 3e-4.  So they get parts of the batch of about so many products, and the parts are added in fp32; what has a
+# batch of few large images keeps long chains.  Not in 16 bits: each part would be rounded, which costs what the chain costs.
 LEFT_PRODUCTS, MOST_LEFT_PARTS = 1 << 16, 16
 
 
@@ -323,10 +324,10 @@ def _columns(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan
 def _weight_columns(problem: Problem, target: Target) -> columns.WeightColumns | None:
     """The tile of a weight's gradient that is mostly writing, or None."""
     p, g = problem, problem.geometry.groups
-    pixels, output = prod(p.input_size), prod(p.geometry.output_size(p.input_size))
-    activations = p.batch * (p.c_in * pixels + p.c_out * output)
     if "columns" in target.without:
         return None
+    pixels, output = prod(p.input_size), prod(p.geometry.output_size(p.input_size))
+    activations = p.batch * (p.c_in * pixels + p.c_out * output)
     width = p.c_out // g * p.geometry.taps
     return columns.of_weight(g, p.c_in // g, width, p.batch * pixels, activations, p.dtype.itemsize, p.large)
 
@@ -376,7 +377,7 @@ def plan(problem: Problem, target: Target) -> Plan:
     if thin:
         return _few_plan(problem, f"{why}: too few for the tensor core", thin, target)
     why += f"; {refused}" if refused else ""
-    if problem.direction == "backward_weight" and (tile := _weight_columns(problem, target)):
+    if problem.direction == "backward_weight" and not is_direct and (tile := _weight_columns(problem, target)):
         return Plan("columns", f"{why}: writing the weight takes the time", "", tile)
     if problem.direction == "forward" and not is_direct:
         for family in (_columns, _shift):

@@ -36,8 +36,8 @@ MOST_LANES = 64
 SUMS, READS = 64, 100
 SUMS_IN_BLOCKS = 48  # where each has a register for its block besides
 # fp32 products that are added one by one: chains of hundreds lose against cuDNN's sums (6.6e-7 against 1.6e-7 at 1400,
-# 2.8e-7 against 1.5e-7 at 256; simulated), so beyond CHAIN, blocks of about as many as there are blocks are, but of no fewer
-# than BLOCK, and then the blocks.  Of L1/75's 48 products, blocks of 30 left a largest error of 2.4e-6 (cuDNN 1.2e-6); blocks of
+# 2.8e-7 against 1.5e-7 at 256; simulated), so beyond CHAIN, blocks of about as many as there are blocks are, but of about BLOCK
+# at least, and then the blocks.  Of L1/75's 48 products, blocks of 30 left a largest error of 2.4e-6 (cuDNN 1.2e-6); blocks of
 # 12 leave three quarters of it (simulated).
 CHAIN, BLOCK = 32, 12
 AHEAD = 36  # reads of a thread that several unrolled input channels begin with

@@ -189,7 +189,7 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     if chosen.family == "aten":
         of = partial(aten.backward_input, geometry=geometry)
         if chosen.arranged:
-            of = partial(_backward_input_of_copies, of)
+            return noted.leave(key, partial(_backward_input_of_copies, of, size), grad_output, weight)
         return noted.leave(key, of, grad_output, weight, grad_input)
     with on_device(grad_output):
         if chosen.family == "few":
@@ -214,7 +214,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     if chosen.family == "aten":
         of = partial(aten.backward_weight, geometry=geometry, parts=chosen.splits)
         if chosen.arranged:
-            of = partial(_backward_weight_of_copies, of, chosen.precision == "tf32")
+            of = partial(_backward_weight_of_copies, of)
         operands = grad_output, input
         if chosen.precision == "tf32" and not chosen.arranged:
             with on_device(input):
@@ -313,7 +313,7 @@ def _weight_columns(
         UNROLL=4,
         BLOCK_M=tile.channels,
         BLOCK_N=tile.columns,
-        num_warps=tile.num_warps,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -327,12 +327,25 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-_shared = threading.local()  # .copies: what channels_last has made inside shared_copies, by what it was made of
+def channels_last(t, is_tf32: bool = False) -> torch.Tensor:
+    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost: 1-d ones have a height of 1 then.
+    is_tf32: whether it is rounded, too."""
+    key = "channels_last", is_tf32, record.facts(t)
+    if known := record.find(key):
+        return known.again(t)
+    noted = Record(t)
+    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
+    copy = noted.result((*t.shape[:2], *size), t, torch.channels_last if len(size) == 2 else torch.channels_last_3d)
+    _transpose(noted, t, copy, t.shape[1], prod(size), is_tf32)
+    return noted.keep(key)
+
+
+_shared = threading.local()  # .copies: what _of_gradient has made inside shared_copies, by what it was made of
 
 
 @contextmanager
 def shared_copies() -> Iterator[None]:
-    """Inside, in this thread, channels_last copies a tensor once: of an output's gradient both other gradients take one."""
+    """Inside, in this thread, an output's gradient is copied once for both gradients that are made of it."""
     before = getattr(_shared, "copies", None)
     _shared.copies = {} if before is None else before
     try:
@@ -341,27 +354,18 @@ def shared_copies() -> Iterator[None]:
         _shared.copies = before
 
 
-def channels_last(t, is_tf32: bool = False) -> torch.Tensor:
-    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost: 1-d ones have a height of 1 then.
-    is_tf32: whether it is rounded, too."""
-    key = "channels_last", is_tf32, record.facts(t)
+def _of_gradient(t) -> torch.Tensor:
+    """channels_last of an output's gradient, in fp32 rounded."""
     copies = getattr(_shared, "copies", None)
     if copies is None:
-        return _channels_last(t, is_tf32, key)
-    place = t.data_ptr(), key
+        return channels_last(t, t.dtype is torch.float32)
+    place = t.data_ptr(), record.facts(t)
     if place not in copies:
-        copies[place] = _channels_last(t, is_tf32, key), t  # kept, so that no other tensor comes to lie there
+        copies[place] = (
+            channels_last(t, t.dtype is torch.float32),
+            t,
+        )  # kept, so that no other tensor comes to lie there
     return copies[place][0]
-
-
-def _channels_last(t, is_tf32: bool, key: tuple) -> torch.Tensor:
-    if known := record.find(key):
-        return known.again(t)
-    noted = Record(t)
-    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
-    copy = noted.result((*t.shape[:2], *size), t, torch.channels_last if len(size) == 2 else torch.channels_last_3d)
-    _transpose(noted, t, copy, t.shape[1], prod(size), is_tf32)
-    return noted.keep(key)
 
 
 def contiguous(t) -> torch.Tensor:
@@ -376,34 +380,35 @@ def contiguous(t) -> torch.Tensor:
 
 
 def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool = False) -> None:
-    """Write t, for each image [row, column] in memory, as [column, row]."""
+    """Write t, for each image [row, column] in memory, as [column, row]: rows are what `arrange` calls channels."""
     from .kernels.copies import arrange
 
     piece = 16 // t.element_size()
-    block_c = power_of_two(columns, 16, 64)
-    block_r = power_of_two(rows, 16, 4096 // block_c)
+    block_p = power_of_two(columns, 16, 64)
+    block_c = power_of_two(rows, 16, 4096 // block_p)
     with on_device(t):
         noted.launch(
-            arrange, t.shape[0] * cdiv(columns, block_c) * cdiv(rows, block_r),
+            arrange, t.shape[0] * cdiv(columns, block_p) * cdiv(rows, block_c),
             t, copy, columns, rows, rows // piece, 1, columns, 1, columns, columns,
-            LAST=False, ROUND=is_tf32, VECTOR=gcd(columns, piece), PIECE=piece, BLOCK_P=block_c, BLOCK_C=block_r, PADDED=False,
+            LAST=False, ROUND=is_tf32, VECTOR=gcd(columns, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c, PADDED=False,
             OVERLAPS=False,
         )  # fmt: skip
 
 
 # cuDNN's kernels want channels_last, and of contiguous tensors it makes copies of its own, which take longer.
-def _backward_input_of_copies(function, grad_output, weight, like) -> torch.Tensor:
-    """What function, of aten.backward_input, makes of a channels_last copy, in fp32 the one that the other gradient takes."""
-    batch, channels, *size = like.shape
-    size = size if len(size) > 1 else [1, *size]
-    like = like.view(batch, *size, channels).movedim(-1, 1)
-    made = function(channels_last(grad_output, grad_output.dtype is torch.float32), weight, like)
+def _backward_input_of_copies(function, size, grad_output, weight) -> torch.Tensor:
+    """What function, of aten.backward_input, makes of a channels_last copy; of that size."""
+    copy = _of_gradient(grad_output)
+    size = size if len(size) > 3 else (*size[:2], 1, size[2])
+    like = torch.empty(size, dtype=copy.dtype, device=copy.device, memory_format=_suggested(copy))
+    made = function(copy, weight, like)
+    del like  # its memory is the contiguous copy's
     return contiguous(made) if made.movedim(1, -1).is_contiguous() else made
 
 
-def _backward_weight_of_copies(function, is_tf32: bool, grad_output, input, like) -> torch.Tensor:
-    """What function, of aten.backward_weight, makes of channels_last copies."""
-    return function(channels_last(grad_output, is_tf32), channels_last(input, is_tf32), like)
+def _backward_weight_of_copies(function, grad_output, input, like) -> torch.Tensor:
+    """What function, of aten.backward_weight, makes of channels_last copies, in fp32 rounded."""
+    return function(_of_gradient(grad_output), channels_last(input, input.dtype is torch.float32), like)
 
 
 def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bool) -> None:

@@ -574,8 +574,8 @@ def candidates(
                         yield box, pixels, kb, work, all_phases, rows, folded, how, strip > 0
 
 
-# Channels of a group, and of its output, and how many groups: they are launches of their own.  In channels_last cuDNN is faster (dense layers like
-# StyleGAN2's groups, 512 to 256 channels, k3 s2: 0.87x of its speed in 16 bits, 0.91x at TF32).
+# Channels of a group, and of its output, and how many groups: they are launches of their own.  In channels_last cuDNN is faster
+# (dense layers like StyleGAN2's groups, 512 to 256 channels, k3 s2: 0.87x of its speed in 16 bits, 0.91x at TF32).
 WIDE, MOST_GROUPS = 64, 32
 
 

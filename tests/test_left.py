@@ -1,6 +1,7 @@
 """Passes that are left to aten because it measured faster: which, with what reason, and that they come out right."""
 
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from oracle import ATEN, errors, passes
 from test_passes import CASES, TCONV, Case, by_id, make
 
 import tconv
-from tconv import dispatch, launch, record
+from tconv import aten, dispatch, launch, record
+from tconv.bench import worker
 from tconv.configs import Target
 
 HOPPER = Target("cuda", 90, 132)
@@ -170,13 +172,25 @@ def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
     dispatch.plan.cache_clear()
 
 
+@pytest.mark.parametrize("case", COPIED, ids=lambda c: c.id)
+def test_kernels_compile_without_aten(case, device, leaving):
+    """As the benchmark prepares a run: nothing is computed of what is left, and all is of its shape."""
+    input, weight, _, grad = make(case, torch.bfloat16, device)
+    geometry = tconv.explain(input, weight, **case.layer).geometry
+    record.forget()
+    with patch.multiple(aten, forward=worker._forward, backward_input=worker._like, backward_weight=worker._like):
+        assert launch.backward_input(grad, weight, input.shape[2:], geometry).shape == input.shape
+        assert launch.backward_weight(grad, input, geometry).shape == weight.shape
+    record.forget()
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_copies_are_shared(dtype, device, leaving, monkeypatch):
     """A step copies the output's gradient once, and results are those of the passes by themselves."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     copied = []
-    made = launch._channels_last
-    monkeypatch.setattr(launch, "_channels_last", lambda t, *about: copied.append(t.shape) or made(t, *about))
+    made = launch.channels_last
+    monkeypatch.setattr(launch, "channels_last", lambda t, *about: copied.append(t.shape) or made(t, *about))
     input, weight, _, grad = make(COPIED[1], dtype, device)
     stride, padding, output_padding = (2, 2), (1, 1), (1, 1)
     layer = stride, padding, output_padding, 1, (1, 1)
@@ -193,7 +207,7 @@ def test_copies_are_shared(dtype, device, leaving, monkeypatch):
 
 @pytest.mark.parametrize(
     "batch, pixels, parts",
-    [(16, 16384, 4), (16, 1 << 20, 16), (1, 1 << 24, 1), (7, 65536, 7), (12, 49152, 12), (64, 64, 1)],
+    [(16, 16384, 4), (16, 1 << 20, 16), (1, 1 << 24, 1), (7, 65536, 7), (12, 49152, 12), (17, 65536, 16), (64, 64, 1)],
 )
 def test_parts(batch, pixels, parts, monkeypatch):
     """Of about 65,536 products each, at most 16, and alike where the batch allows it."""

@@ -57,7 +57,7 @@ def speedup_chart(result: dict, path: Path) -> None:
         ax.set(yscale="log", ylim=(2.0 ** (low - 0.2), 2.0 ** (high + 0.2)), title=name, xlabel="share of cases")
         ax.set_yticks(ticks, [f"{t:g}x" for t in ticks])
         ax.minorticks_off()
-        _legend(ax, title="geometric mean, losses beyond the noise")
+        _legend(ax, title="geometric mean, losses beyond the noise (shaded: below 1x)")
     axes[0][0].set_ylabel("speed-up over the best other")
     _write(plt, figure, result, path)
 

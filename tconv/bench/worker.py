@@ -55,8 +55,8 @@ def _forward(input, weight, bias, geometry) -> torch.Tensor:
     return input.new_empty((input.shape[0], channels, *geometry.output_size(input.shape[2:])))
 
 
-def _like(first, second, like, **_) -> torch.Tensor:
-    return like
+def _like(first, second, like, geometry, parts=1) -> torch.Tensor:
+    return like.squeeze(2) if geometry.ndim == 1 and like.ndim == 4 else like
 
 
 def _first_of(name: str, task: Task, pass_name: str) -> float:
