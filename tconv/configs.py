@@ -162,3 +162,27 @@ def splits(tiles: int, programs: int, elements: int, block: int, target: Target)
     count = max(1, min(want, tiles, WORKSPACE_ELEMENTS // elements))
     per_split = cdiv(tiles, count)
     return cdiv(tiles, per_split), per_split
+
+
+@dataclass(frozen=True)
+class PixelSums:
+    """How the sums over pixels of each channel are cut: tiles of block_m pixels by block_n channels."""
+
+    block_m: int
+    block_n: int
+    splits: int
+    tiles_per_split: int  # whole multiples of unroll, but where there are fewer
+    unroll: int = 8
+
+
+def pixel_sums(images: int, channels: int, pixels: int, channels_last: bool, target: Target) -> PixelSums:
+    """Eight elements a thread, eight programs a multiprocessor.  In channels_last all images are one."""
+    block_n = power_of_two(channels, 1, 64) if channels_last or target.backend == "interpreter" else 1
+    block_m = power_of_two(pixels, 16, max(16, 1024 // block_n))
+    unroll = PixelSums.unroll
+    tiles = images * cdiv(pixels, block_m)
+    want = min(
+        cdiv(8 * target.processors, cdiv(channels, block_n)), cdiv(tiles, unroll), WORKSPACE_ELEMENTS // channels
+    )
+    per_split = cdiv(cdiv(tiles, max(1, want)), unroll) * unroll
+    return PixelSums(block_m, block_n, cdiv(tiles, per_split), per_split)

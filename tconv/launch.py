@@ -14,7 +14,7 @@ from math import gcd, prod
 
 import torch
 
-from . import aten, columns, few, record, shift
+from . import aten, columns, configs, few, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import INTERPRET, Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
@@ -323,7 +323,7 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
 
     rounded = noted.workspace(t.shape, t.dtype, t, _suggested(t))
     block = 4096
-    noted.launch(round_dense, cdiv(t.numel(), block), t, rounded, t.numel(), BLOCK=block)
+    noted.launch(round_dense, cdiv(t.numel(), block), t, rounded, t.numel(), ALIGNED=t.numel() % 16 == 0, BLOCK=block)
     return rounded
 
 
@@ -433,46 +433,36 @@ def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bo
 
 def backward_bias(grad_output) -> torch.Tensor:
     """grad_bias: grad_output summed over everything but the channels, accumulated in float64."""
-    from .configs import direct, splits
     from .kernels.reduce import sum_pixels
 
+    form = _suggested(grad_output)
+    grad_output = grad_output.contiguous(memory_format=form)  # expanded ones, say
     key = "backward_bias", record.facts(grad_output)
     if known := record.find(key):
         return known.again(grad_output)
     target = target_of(grad_output.device)
     if unsupported(target):
         return aten.backward_bias(grad_output)
-    batch, channels, *size = grad_output.shape
     noted = Record(grad_output)
+    (batch, channels), last = grad_output.shape[:2], form != torch.contiguous_format
     grad_bias = noted.result((channels,), grad_output, torch.contiguous_format)
     if grad_output.numel() == 0:
         return grad_bias.zero_()
-    d, h, w = sizes3(size)
-    config = direct(batch * d * h, w, channels, is_channels_last(grad_output), target)
-    tiles = cdiv(batch * d * h, config.block_m // config.box_w) * cdiv(w, config.box_w)
-    programs = cdiv(channels, config.block_n)
-    count, per_split = splits(tiles, programs, channels, config.block_m, target)
+    images, pixels = (1, batch * prod(grad_output.shape[2:])) if last else (batch, prod(grad_output.shape[2:]))
+    sums = configs.pixel_sums(images, channels, pixels, last, target)
     with on_device(grad_output):
-        partials = noted.workspace((count, 1, channels), torch.float64, grad_output)
+        partials = noted.workspace((sums.splits, 1, channels), torch.float64, grad_output)
         noted.launch(
-            sum_pixels,
-            programs * count,
-            grad_output,
-            partials,
-            batch,
-            channels,
-            d,
-            h,
-            w,
-            *strides5(grad_output),
-            per_split,
-            Y_LAYOUT=layout(grad_output),
-            LARGE=is_large(grad_output),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BOX_W=config.box_w,
-            num_warps=config.num_warps,
-        )
+            sum_pixels, cdiv(channels, sums.block_n) * sums.splits,
+            grad_output, partials, images, channels, pixels, sums.tiles_per_split,
+            LAST=last,
+            ALIGNED=(channels if last else pixels) % 16 == 0,
+            ACC=accumulator(grad_output.dtype),
+            UNROLL=sums.unroll,
+            BLOCK_M=sums.block_m,
+            BLOCK_N=sums.block_n,
+            num_warps=4,
+        )  # fmt: skip
         _sum_partials(noted, partials, grad_bias, (1, 0, 0, 0, 0), 1, None)
     return noted.keep(key)
 

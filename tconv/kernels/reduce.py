@@ -7,7 +7,7 @@ for memory.
 import triton
 import triton.language as tl
 
-from .common import known_strides, load_tile, narrow, split_row, widen
+from .common import narrow, widen
 
 
 @triton.jit
@@ -42,38 +42,46 @@ def sum_splits(partial, total, count, splits, BLOCK: tl.constexpr):
     tl.store(total + i, _sum(partial, i, size, splits, total), mask=i < size)
 
 
-@triton.jit(do_not_specialize="batch channels d_out h_out w_out y_n y_c y_d y_h y_w per_split".split())
+@triton.jit(do_not_specialize="images channels pixels per_split".split())
 def sum_pixels(
-    y, partial, batch, channels, d_out, h_out, w_out, y_n, y_c, y_d, y_h, y_w, per_split,
-    Y_LAYOUT: tl.constexpr, LARGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOX_W: tl.constexpr,
+    y, partial, images, channels, pixels, per_split,
+    LAST: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, channel] = sum of y over this split's range of pixel tiles."""
-    ROWS: tl.constexpr = BLOCK_M // BOX_W
-    y_n, y_c, y_d, y_h, y_w = known_strides(y_n, y_c, y_d, y_h, y_w, Y_LAYOUT)
+    """partial[split, channel] = sum of y[image, channel, pixel] over this split's tiles of pixels; LAST: of y[pixel, channel].
+
+    UNROLL tiles are added in ACC before the sum in float64, and their loads are on their way together.  ALIGNED: whether 16
+    divides the contiguous axis.
+    """
+    if ALIGNED:
+        if LAST:
+            channels = channels // 16 * 16
+        else:
+            pixels = pixels // 16 * 16
     tiles_n = tl.cdiv(channels, BLOCK_N)
-    tile_n = tl.program_id(0) % tiles_n
+    first_channel = tl.program_id(0) % tiles_n * BLOCK_N
     split = tl.program_id(0) // tiles_n
-    channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel_ok = channel < channels
-    rows = batch * d_out * h_out
-    c = channel
-    if LARGE:
-        rows = batch.to(tl.int64) * d_out * h_out
-        c = channel.to(tl.int64)
-    tiles_w = tl.cdiv(w_out, BOX_W)
-    tiles = tl.cdiv(rows, ROWS).to(tl.int32) * tiles_w
+    tiles_m = tl.cdiv(pixels, BLOCK_M)
+    end = tl.minimum((split + 1) * per_split, images * tiles_m)
     m = tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_N)
+    channel_ok = first_channel + c < channels
+    if LAST:
+        offset = m[:, None] * channels + c[None, :]
+    else:
+        offset = m[:, None] + c[None, :] * pixels
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
-    for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
-        tile_r = tile // tiles_w
-        row = tile_r * ROWS + m // BOX_W
-        w = tile % tiles_w * BOX_W + m % BOX_W
-        if LARGE:
-            row = tile_r.to(tl.int64) * ROWS + m // BOX_W
-            w = w.to(tl.int64)
-        n, d, h = split_row(row, d_out, h_out)
-        ok = (row < rows) & (w < w_out)
-        v = load_tile(y, n * y_n + d * y_d + h * y_h + w * y_w, c * y_c, ok[:, None] & channel_ok[None, :], Y_LAYOUT)
-        acc += widen(v, tl.float64)
-    tl.store(partial + split.to(tl.int64) * channels + channel, tl.sum(acc, 0), mask=channel_ok)
+    for first in range(split * per_split, end, UNROLL):
+        some = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for u in tl.static_range(UNROLL):
+            tile = tl.minimum(first + u, end - 1)
+            pixel = tile % tiles_m * BLOCK_M
+            left = tl.where(first + u < end, pixels - pixel, 0)
+            if LAST:
+                at = pixel.to(tl.int64) * channels + first_channel
+            else:
+                at = ((tile // tiles_m).to(tl.int64) * channels + first_channel) * pixels + pixel
+            v = tl.load(y + at + offset, mask=(m < left)[:, None] & channel_ok[None, :], other=0.0)
+            some += widen(v, ACC)
+        acc += widen(some, tl.float64)
+    tl.store(partial + split.to(tl.int64) * channels + first_channel + c, tl.sum(acc, 0), mask=channel_ok)
