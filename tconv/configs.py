@@ -171,18 +171,19 @@ class PixelSums:
     block_m: int
     block_n: int
     splits: int
-    tiles_per_split: int  # whole multiples of unroll, but where there are fewer
-    unroll: int = 8
+    tiles_per_split: int  # a multiple of unroll
+    unroll: int
 
 
 def pixel_sums(images: int, channels: int, pixels: int, channels_last: bool, target: Target) -> PixelSums:
     """Eight elements a thread, eight programs a multiprocessor.  In channels_last all images are one."""
     block_n = power_of_two(channels, 1, 64) if channels_last or target.backend == "interpreter" else 1
     block_m = power_of_two(pixels, 16, max(16, 1024 // block_n))
-    unroll = PixelSums.unroll
+    # Loads of single elements, each with a mask of its own, have no registers for more.
+    unroll = 2 if (channels if channels_last else pixels) % 4 else 8
     tiles = images * cdiv(pixels, block_m)
     want = min(
         cdiv(8 * target.processors, cdiv(channels, block_n)), cdiv(tiles, unroll), WORKSPACE_ELEMENTS // channels
     )
     per_split = cdiv(cdiv(tiles, max(1, want)), unroll) * unroll
-    return PixelSums(block_m, block_n, cdiv(tiles, per_split), per_split)
+    return PixelSums(block_m, block_n, cdiv(tiles, per_split), per_split, unroll)

@@ -456,7 +456,7 @@ def backward_bias(grad_output) -> torch.Tensor:
             sum_pixels, cdiv(channels, sums.block_n) * sums.splits,
             grad_output, partials, images, channels, pixels, sums.tiles_per_split,
             LAST=last,
-            ALIGNED=(channels if last else pixels) % 16 == 0,
+            VECTOR=gcd(channels if last else pixels, 16),
             ACC=accumulator(grad_output.dtype),
             UNROLL=sums.unroll,
             BLOCK_M=sums.block_m,

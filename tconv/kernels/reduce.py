@@ -45,19 +45,18 @@ def sum_splits(partial, total, count, splits, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize="images channels pixels per_split".split())
 def sum_pixels(
     y, partial, images, channels, pixels, per_split,
-    LAST: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
+    LAST: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """partial[split, channel] = sum of y[image, channel, pixel] over this split's tiles of pixels; LAST: of y[pixel, channel].
 
-    UNROLL tiles are added in ACC before the sum in float64, and their loads are on their way together.  ALIGNED: whether 16
-    divides the contiguous axis.
+    UNROLL tiles are added in ACC before the sum in float64, and their loads are on their way together.  VECTOR divides the
+    contiguous axis.
     """
-    if ALIGNED:
-        if LAST:
-            channels = channels // 16 * 16
-        else:
-            pixels = pixels // 16 * 16
+    if LAST:
+        channels = channels // VECTOR * VECTOR
+    else:
+        pixels = pixels // VECTOR * VECTOR
     tiles_n = tl.cdiv(channels, BLOCK_N)
     first_channel = tl.program_id(0) % tiles_n * BLOCK_N
     split = tl.program_id(0) // tiles_n
