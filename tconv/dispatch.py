@@ -226,7 +226,6 @@ def unsupported(target: Target) -> str | None:
     return None
 
 
-WIDE_GROUP_CHANNELS = 64
 # What is left to aten, and why: the time of the kernels that every GPU runs over cuDNN's.  Gradients: on an H100 and an H200,
 # geometric means over core; in IEEE fp32 they are level, but for depthwise grad_input; so are depthwise weights'.  Forward:
 # groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
@@ -251,7 +250,7 @@ def _leave(problem: Problem, is_direct: bool, how: str, target: Target) -> Plan 
     half = p.dtype in HALF
     if p.direction == "forward":
         g = p.geometry.groups
-        wide = min(p.c_in, p.c_out) // g >= WIDE_GROUP_CHANNELS and (half or how == "tf32")
+        wide = min(p.c_in, p.c_out) // g >= shift.WIDE and (half or how == "tf32")
         left = g > 1 and not is_direct and (wide or (half and p.channels_last and p.geometry.ndim > 1))
         return Plan("aten", LEFT[p.direction]) if left else None
     vectors = p.c_in % (16 // p.dtype.itemsize) == p.c_out % (16 // p.dtype.itemsize) == 0
@@ -347,7 +346,7 @@ def _shift(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan |
         p.geometry, p.batch, c_in, c_out, p.input_size, HALVES.get(p.dtype, how), p.source, p.destination, p.vector,
         dense, target.triton >= shift.ROUNDING_TRITON, target.processors,
     )  # fmt: skip
-    if not chosen or (chosen[2] > 1 and not dense):
+    if not chosen or (chosen[2] > 1 and g > 1 and p.batch > 1):  # a group's part of the output is not dense then
         return None, "none of the shift kernel's tiles fits or fills the GPU"
     tile, arranged, splits = chosen
     return Plan("shift", why, how, tile, splits, arranged=arranged), ""
