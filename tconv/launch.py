@@ -302,11 +302,11 @@ def _weight_columns(
 
     g, (batch, c_in), size = geometry.groups, input.shape[:2], sizes3(input.shape[2:])
     c_in, c_out, taps = c_in // g, grad_output.shape[1] // g, geometry.taps
-    w_i, width, last = c_out * taps, c_out * taps, order(grad_weight) == "channels"
+    width, last = c_out * taps, order(grad_weight) == "channels"
     noted.launch(
         weight_columns, g * cdiv(c_in, tile.channels) * cdiv(width, tile.columns),
         input, grad_output, grad_weight, batch * prod(size), c_in, c_out, width, *size, *sizes3(grad_output.shape[2:]),
-        *axis_scalars(geometry, inverse=False), *strides5(input), *strides5(grad_output), w_i,
+        *axis_scalars(geometry, inverse=False), *strides5(input), *strides5(grad_output),
         *((1, c_out) if last else (taps, 1)),
         ALIGNED=width % 16 == 0,
         ACC=accumulator(input.dtype),

@@ -177,13 +177,13 @@ def add_columns(
     repr=kernel_name("tconv_weight_columns"),
     do_not_specialize=(
         "pixels c_in c_out columns d_in h_in w_in d_out h_out w_out kd kh kw strided strideh stridew padd padh padw "
-        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w w_i of_channel of_tap"
+        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w of_channel of_tap"
     ).split(),
 )
 def weight_columns(
     x, y, grad, pixels, c_in, c_out, columns, d_in, h_in, w_in, d_out, h_out, w_out,
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
-    x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, w_i, of_channel, of_tap,
+    x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, of_channel, of_tap,
     ALIGNED: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad[channel, column] = sum over the input's pixels of x * y: the weight's gradient where pixels are few, in the order
@@ -191,11 +191,9 @@ def weight_columns(
 
     y is the output's gradient; a column is an (output channel, tap) pair of a group, of_channel and of_tap how many columns
     lie between its channels and between its taps; c_in, c_out and columns are a group's.  Multiply-adds, a tile [BLOCK_M input
-    channels, BLOCK_N columns] a program, w_i elements from one input channel's columns to the next one's.  ALIGNED: whether 16
-    divides w_i and columns.
+    channels, BLOCK_N columns] a program.  ALIGNED: whether 16 divides columns.
     """
     if ALIGNED:
-        w_i = w_i // 16 * 16
         columns = columns // 16 * 16
     tiles_n = tl.cdiv(columns, BLOCK_N)
     tiles_m = tl.cdiv(c_in, BLOCK_M)
@@ -231,5 +229,5 @@ def weight_columns(
             # An infinity beside the border multiplies nothing.
             acc = tl.where(reached[None, :], acc + a[:, None] * b[None, :], acc)
 
-    out = grad + ((group * c_in + ci).to(tl.int64) * w_i)[:, None] + column[None, :]
+    out = grad + ((group * c_in + ci).to(tl.int64) * columns)[:, None] + column[None, :]
     tl.store(out, acc.to(grad.dtype.element_ty), mask=ci_ok[:, None] & column_ok[None, :])
