@@ -40,8 +40,8 @@ gpu-test:
 	$(PYTHON) -m pytest --ignore tests/test_aot.py -n $(WORKERS) --dist worksteal -m "not alone" --summary benchmarks/results/gpu-test.json $(TESTS)
 	$(PYTHON) -m pytest -m alone --summary benchmarks/results/gpu-test-alone.json $(TESTS) || [ $$? -eq 5 ]
 
-# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2`, some 50 minutes on
-# two H200s.  One that was stopped goes on with RESUME=--resume.
+# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2`, by estimate 50
+# minutes on two H200s.  One that was stopped goes on with RESUME=--resume.
 RESULTS := $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 gradients-tf32-bf16)
 GPUS ?= 1
 BENCH = $(PYTHON) -m tconv.bench --plain --quick --gpus $(GPUS) $(RESUME) --provider tconv cudnn cudnn-default cudnn-nhwc-convert \

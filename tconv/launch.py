@@ -327,16 +327,16 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def channels_last(t, is_tf32: bool = False) -> torch.Tensor:
-    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost: 1-d ones have a height of 1 then.
-    is_tf32: whether it is rounded, too."""
-    key = "channels_last", is_tf32, record.facts(t)
+def channels_last(t) -> torch.Tensor:
+    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost; in fp32 rounded to TF32.  1-d ones
+    have a height of 1 then."""
+    key = "channels_last", record.facts(t)
     if known := record.find(key):
         return known.again(t)
     noted = Record(t)
     size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
     copy = noted.result((*t.shape[:2], *size), t, torch.channels_last if len(size) == 2 else torch.channels_last_3d)
-    _transpose(noted, t, copy, t.shape[1], prod(size), is_tf32)
+    _transpose(noted, t, copy, t.shape[1], prod(size), t.dtype is torch.float32)
     return noted.keep(key)
 
 
@@ -355,16 +355,13 @@ def shared_copies() -> Iterator[None]:
 
 
 def _of_gradient(t) -> torch.Tensor:
-    """channels_last of an output's gradient, in fp32 rounded."""
+    """channels_last of an output's gradient."""
     copies = getattr(_shared, "copies", None)
     if copies is None:
-        return channels_last(t, t.dtype is torch.float32)
+        return channels_last(t)
     place = t.data_ptr(), record.facts(t)
-    if place not in copies:
-        copies[place] = (
-            channels_last(t, t.dtype is torch.float32),
-            t,
-        )  # kept, so that no other tensor comes to lie there
+    if place not in copies:  # t is kept, too, so that no other tensor comes to lie there
+        copies[place] = channels_last(t), t
     return copies[place][0]
 
 
@@ -375,11 +372,11 @@ def contiguous(t) -> torch.Tensor:
         return known.again(t)
     noted = Record(t)
     copy = noted.result(t.shape, t, torch.contiguous_format)
-    _transpose(noted, t, copy, prod(t.shape[2:]), t.shape[1])
+    _transpose(noted, t, copy, prod(t.shape[2:]), t.shape[1], False)
     return noted.keep(key)
 
 
-def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool = False) -> None:
+def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool) -> None:
     """Write t, for each image [row, column] in memory, as [column, row]: rows are what `arrange` calls channels."""
     from .kernels.copies import arrange
 
@@ -407,8 +404,8 @@ def _backward_input_of_copies(function, size, grad_output, weight) -> torch.Tens
 
 
 def _backward_weight_of_copies(function, grad_output, input, like) -> torch.Tensor:
-    """What function, of aten.backward_weight, makes of channels_last copies, in fp32 rounded."""
-    return function(_of_gradient(grad_output), channels_last(input, input.dtype is torch.float32), like)
+    """What function, of aten.backward_weight, makes of channels_last copies."""
+    return function(_of_gradient(grad_output), channels_last(input), like)
 
 
 def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bool) -> None:

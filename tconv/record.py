@@ -78,7 +78,7 @@ class Record:
         self._parts.append(t.narrow(dim, index * size, size))
         return self._parts[-1]
 
-    def _place(self, t: torch.Tensor) -> int:
+    def _place(self, t: torch.Tensor | None) -> int:
         """Where `again` has a tensor: parts are counted from the end."""
         for n, each in enumerate(self._known):
             if each is t:
@@ -115,7 +115,7 @@ class Record:
     def leave(self, key: tuple, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
         """End with the result that `function` makes of `inputs`, which are the call's tensors or were allocated here,
         in the memory format of the one that was asked for; let `find` find this."""
-        places = tuple(next(n for n, t in enumerate(self._known) if t is i) for i in inputs)
+        places = tuple(map(self._place, inputs))
         result = self._known[-len(self._allocations)]
         assert result is not None
         promised, format = result.stride(), self._allocations[0]["memory_format"]

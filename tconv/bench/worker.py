@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from .. import aten
+from .. import aten, launch
 from . import cases, measure, providers
 from .measure import Run
 from .model import measure_model
@@ -51,8 +51,7 @@ def compile_kernels(request: dict, told: Iterable[str], say) -> None:
 
 
 def _forward(input, weight, bias, geometry) -> torch.Tensor:
-    channels = weight.shape[1] * geometry.groups
-    return input.new_empty((input.shape[0], channels, *geometry.output_size(input.shape[2:])))
+    return launch.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * geometry.groups)
 
 
 def _like(first, second, like, geometry, parts=1) -> torch.Tensor:
