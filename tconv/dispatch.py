@@ -18,7 +18,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import columns, configs, few, shift
+from . import columns, configs, few, long, shift
 from .configs import Config, Target, cdiv
 from .geometry import Geometry
 
@@ -78,13 +78,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("few", "columns", "shift", "gemm", "direct" or "aten"), its configuration and the
-    reason."""
+    """A decision: the kernel family ("few", "columns", "long", "shift", "gemm", "direct" or "aten"), its configuration and
+    the reason."""
 
     family: str
     reason: str
     precision: str = ""
-    config: Config | few.Few | columns.Columns | columns.WeightColumns | shift.Shift | None = None
+    config: (
+        Config
+        | few.Few
+        | columns.Columns
+        | columns.WeightColumns
+        | long.Phases
+        | long.InputColumns
+        | shift.Shift
+        | None
+    ) = None
     splits: int = 1
     tiles_per_split: int = 0
     # Whether what the pass reads is first copied, its channels innermost, at TF32 rounded: for the shift kernel its input, of
@@ -136,11 +145,11 @@ def without(*families: str) -> Iterator[None]:
     """Inside, in every thread, `plan` does without some families, to measure or test the others.  An inner one replaces
     what an outer one says; threads should not have different ones at a time.
 
-    families: of "few", "columns", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
+    families: of "few", "columns", "long", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
     """
     global _without
-    if unknown := [name for name in families if name not in ("few", "columns", "shift", "aten")]:
-        raise ValueError(f"families: expected few, columns, shift or aten, got {unknown[0]!r}")
+    if unknown := [name for name in families if name not in ("few", "columns", "long", "shift", "aten")]:
+        raise ValueError(f"families: expected few, columns, long, shift or aten, got {unknown[0]!r}")
     before, _without = _without, families
     try:
         yield
@@ -331,6 +340,21 @@ def _weight_columns(problem: Problem, target: Target) -> columns.WeightColumns |
     return columns.of_weight(g, p.c_in // g, width, p.batch * pixels, activations, p.dtype.itemsize, p.large)
 
 
+def _long(problem: Problem, is_direct: bool, why: str, target: Target) -> Plan | None:
+    """The long-stride kernels' plan, or None where they do not take the problem."""
+    p, g = problem, problem.geometry.groups
+    c_in, c_out = p.c_in // g, p.c_out // g
+    width = (p.source if p.direction == "backward_input" else p.destination) == "width"
+    is_weight = p.direction == "backward_weight"
+    if "long" in target.without or not long.takes(p.direction, p.geometry, c_in, c_out, p.large, width):
+        return None
+    if is_weight and not is_direct:  # cuDNN's tensor cores have enough channels
+        return None
+    tile, splits = long.choose(p.direction, p.geometry, p.batch, c_in, c_out, p.input_size, target)
+    side_by_side = "phases" if p.direction == "forward" else "taps"
+    return Plan("long", f"{why}: with such strides {side_by_side} lie side by side", "", tile, splits)
+
+
 def _shift(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan | None, str]:
     """The shift kernel's plan, or why it does not take the problem."""
     p = problem
@@ -384,6 +408,8 @@ def plan(problem: Problem, target: Target) -> Plan:
             if chosen:
                 return chosen
             why += f"; {refused}"
+    if strided := _long(problem, is_direct, why, target):
+        return strided
     if left := _leave(problem, is_direct, how, target):
         return left
     if problem.direction == "forward" and not is_direct:

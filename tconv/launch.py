@@ -14,7 +14,7 @@ from math import gcd, prod
 
 import torch
 
-from . import aten, columns, configs, few, record, shift
+from . import aten, columns, configs, few, long, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import INTERPRET, Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
@@ -167,6 +167,8 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
             forward_columns(noted, chosen, input, weight, bias, output, geometry)
         elif chosen.family == "shift":
             forward_shift(noted, chosen, input, weight, bias, output, geometry)
+        elif chosen.family == "long":
+            _forward_long(noted, chosen, input, weight, bias, output, geometry)
         else:
             gather(noted, chosen, input, weight, bias, output, geometry, True, problem.large)
     return noted.keep(key)
@@ -194,6 +196,8 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
     with on_device(grad_output):
         if chosen.family == "few":
             gather_few(noted, chosen, grad_output, weight, None, grad_input, geometry, False)
+        elif chosen.family == "long":
+            _input_long(noted, chosen, grad_output, weight, grad_input, geometry)
         else:
             gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return noted.keep(key)
@@ -223,7 +227,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
 
     with on_device(input):
         if isinstance(chosen.config, columns.WeightColumns):
-            _weight_columns(noted, chosen.config, input, grad_output, grad_weight, geometry)
+            _weight_columns(noted, chosen.config, chosen.splits, input, grad_output, grad_weight, geometry)
             return noted.keep(key)
         pairs = c_in * (c_out // g)
         partials = noted.workspace((chosen.splits, geometry.taps, pairs), of_partials(input.dtype), input)
@@ -295,19 +299,20 @@ def _weight_sums(noted: Record, chosen: Plan, input, grad_output, partials, geom
 
 
 def _weight_columns(
-    noted: Record, tile: columns.WeightColumns, input, grad_output, grad_weight, geometry: Geometry
+    noted: Record, tile: columns.WeightColumns, splits: int, input, grad_output, grad_weight, geometry: Geometry
 ) -> None:
-    """Launch the column kernel that writes a weight's gradient."""
+    """Launch the column kernel that writes a weight's gradient, and what adds its parts."""
     from .kernels.columns import weight_columns
 
     g, (batch, c_in), size = geometry.groups, input.shape[:2], sizes3(input.shape[2:])
     c_in, c_out, taps = c_in // g, grad_output.shape[1] // g, geometry.taps
     width, last = c_out * taps, order(grad_weight) == "channels"
+    to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
     noted.launch(
-        weight_columns, g * cdiv(c_in, tile.channels) * cdiv(width, tile.columns),
-        input, grad_output, grad_weight, batch * prod(size), c_in, c_out, width, *size, *sizes3(grad_output.shape[2:]),
+        weight_columns, splits * g * cdiv(c_in, tile.channels) * cdiv(width, tile.columns),
+        input, grad_output, to, batch * prod(size), c_in, c_out, width, *size, *sizes3(grad_output.shape[2:]),
         *axis_scalars(geometry, inverse=False), *strides5(input), *strides5(grad_output),
-        *((1, c_out) if last else (taps, 1)),
+        *((1, c_out) if last else (taps, 1)), splits, grad_weight.numel(),
         ALIGNED=width % 16 == 0,
         ACC=accumulator(input.dtype),
         UNROLL=4,
@@ -315,6 +320,8 @@ def _weight_columns(
         BLOCK_N=tile.columns,
         num_warps=4,
     )  # fmt: skip
+    if splits > 1:
+        _sum_splits(noted, to, grad_weight)
 
 
 def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
@@ -571,6 +578,57 @@ def gather_few(
         t=tile,
         num_warps=few.WARPS,
     )  # fmt: skip
+
+
+def _forward_long(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
+    """Launch the long-stride kernel of the forward pass; 1-d and 2-d layers run as 3-d ones of one row or plane."""
+    from .kernels.long import gather_phases
+
+    tile, g, axes = chosen.config, geometry.groups, geometry.axes3
+    assert isinstance(tile, long.Phases)
+    c_in, c_out, out = input.shape[1] // g, output.shape[1] // g, sizes3(output.shape[2:])
+    *rows, row = (cdiv(o + a.padding, a.stride) for o, a in zip(out, axes))
+    phases = prod(a.stride for a in axes)
+    w_i, w_o, *w_taps = strides5(weight)
+    noted.launch(
+        gather_phases, cdiv(phases, tile.phases) * cdiv(row, tile.pixels) * input.shape[0] * prod(rows) * c_out * g,
+        input, weight, output if bias is None else bias, output,
+        input.shape[0], c_in, c_out, *sizes3(input.shape[2:]), *out,
+        *axis_scalars(geometry, inverse=False)[:9], *strides5(input), *strides5(output), c_in * w_i, w_i, w_o, *w_taps,
+        HAS_BIAS=bias is not None,
+        ACC=accumulator(input.dtype),
+        EVEN=phases % tile.phases == 0 and all(a.kernel % a.stride == 0 for a in axes),
+        UNROLL=tile.unroll,
+        BLOCK_M=tile.pixels,
+        BLOCK_N=tile.phases,
+        num_warps=long.WARPS,
+    )  # fmt: skip
+
+
+def _input_long(noted: Record, chosen: Plan, grad_output, weight, grad_input, geometry: Geometry) -> None:
+    """Launch the long-stride kernel of backward_input, and what adds its parts."""
+    from .kernels.long import input_columns
+
+    tile, g, splits = chosen.config, geometry.groups, chosen.splits
+    assert isinstance(tile, long.InputColumns)
+    c_in, c_out, size = grad_input.shape[1] // g, grad_output.shape[1] // g, sizes3(grad_input.shape[2:])
+    rows = grad_input.shape[0] * size[0] * size[1]
+    w_i, w_o, *w_taps = strides5(weight)
+    to = grad_input if splits == 1 else _partial_sums(noted, grad_input, splits)
+    noted.launch(
+        input_columns, cdiv(size[2], tile.pixels) * rows * splits * cdiv(c_in, tile.channels) * g,
+        grad_output, weight, to, c_out, c_in, *sizes3(grad_output.shape[2:]), *size, rows,
+        *axis_scalars(geometry, inverse=False), *strides5(grad_output), *strides5(grad_input),
+        c_in * w_i, w_o, w_i, *w_taps, splits, grad_input.numel(),
+        ACC=accumulator(grad_output.dtype),
+        CHANNELS=tile.channels,
+        BLOCK_M=tile.pixels,
+        BLOCK_H=tile.taps_h,
+        BLOCK_W=tile.taps_w,
+        num_warps=long.WARPS,
+    )  # fmt: skip
+    if splits > 1:
+        _sum_splits(noted, to, grad_input)
 
 
 def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:

@@ -85,7 +85,10 @@ def test_cudnn_switched_off(device):
 
 def test_without(device):
     """without() holds in every thread, for new kinds of calls and for known ones, and ends."""
-    with pytest.raises(ValueError, match="expected few, columns, shift or aten, got 'gemm'"), dispatch.without("gemm"):
+    with (
+        pytest.raises(ValueError, match="expected few, columns, long, shift or aten, got 'gemm'"),
+        dispatch.without("gemm"),
+    ):
         pass
     before = dispatch.flags()
     with dispatch.without("shift", "aten"):

@@ -155,9 +155,16 @@ def test_against_the_oracle(configuration, device):
     unit = torch.finfo(torch.float64 if c.precision == "float64" else torch.float32).eps
     for i in range(3 + c.bias):
         name, a, m = NAMES[i], actual[i], magnitude[i]
-        e = rounded[i] if i < 3 and plans[i].precision == "tf32" else exact[i]
-        assert a.dtype is input.dtype and a.shape == e.shape, f"{name}: {a.dtype} {a.shape}, expected {e.shape}"
-        # 8: three TF32 products in place of one IEEE product.
-        bound = (terms[i] + 8) * unit * m + torch.finfo(a.dtype).eps * e.abs() + torch.finfo(a.dtype).tiny
-        off = ~((a.double() - e).abs() <= bound)
-        assert not off.any(), f"{name}: {int(off.sum())} of {a.numel()} elements off, as {a[off][0]} for {e[off][0]}"
+        assert a.dtype is input.dtype and a.shape == m.shape, f"{name}: {a.dtype} {a.shape}, expected {m.shape}"
+        # Which of the two it is where TF32 is allowed: the layout of grad_output decides, too, which explain() cannot know.
+        expected = (exact[i], rounded[i]) if i < 3 and c.precision == "tf32" else (exact[i],)
+        off = min((_off(a, e, m, terms[i] + 8, unit) for e in expected), key=torch.sum)
+        assert not off.any(), (
+            f"{name}: {int(off.sum())} of {a.numel()} elements off, as {a[off][0]} for {exact[i][off][0]}"
+        )
+
+
+def _off(actual, exact, magnitude, terms, unit):
+    """Which elements are beyond the bound; terms: 8 more than there are, for three TF32 products in place of one."""
+    bound = terms * unit * magnitude + torch.finfo(actual.dtype).eps * exact.abs() + torch.finfo(actual.dtype).tiny
+    return ~((actual.double() - exact).abs() <= bound)

@@ -177,17 +177,17 @@ def add_columns(
     repr=kernel_name("tconv_weight_columns"),
     do_not_specialize=(
         "pixels c_in c_out columns d_in h_in w_in d_out h_out w_out kd kh kw strided strideh stridew padd padh padw "
-        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w of_channel of_tap"
+        "dild dilh dilw x_n x_c x_d x_h x_w y_n y_c y_d y_h y_w of_channel of_tap splits count"
     ).split(),
 )
 def weight_columns(
     x, y, grad, pixels, c_in, c_out, columns, d_in, h_in, w_in, d_out, h_out, w_out,
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
-    x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, of_channel, of_tap,
+    x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, of_channel, of_tap, splits, count,
     ALIGNED: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad[channel, column] = sum over the input's pixels of x * y: the weight's gradient where pixels are few, in the order
-    in which it lies.
+    """grad[split, channel, column] = sum over the split's part of the input's pixels of x * y: the weight's gradient where
+    pixels are few or taps many, in the order in which it lies.  Results of splits lie count apart.
 
     y is the output's gradient; a column is an (output channel, tap) pair of a group, of_channel and of_tap how many columns
     lie between its channels and between its taps; c_in, c_out and columns are a group's.  Multiply-adds, a tile [BLOCK_M input
@@ -201,7 +201,9 @@ def weight_columns(
     column = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // tiles_n
     ci = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    group = pid // tiles_m
+    pid = pid // tiles_m
+    group = pid // splits
+    split = pid % splits
     column_ok = column < columns
     ci_ok = ci < c_in
     taps = kd * kh * kw
@@ -214,7 +216,9 @@ def weight_columns(
     of_x = (group * c_in + ci) * x_c
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for first in range(0, pixels, UNROLL):
+    steps = tl.cdiv(pixels, UNROLL)
+    for step in range(split * steps // splits, (split + 1) * steps // splits):
+        first = step * UNROLL
         for u in tl.static_range(UNROLL):  # so that the loads of several pixels are on their way together
             p = tl.minimum(first + u, pixels - 1)
             depth = tl.where(first + u < pixels, d_out, 0)  # beyond the last pixel nothing is inside
@@ -229,5 +233,6 @@ def weight_columns(
             # An infinity beside the border multiplies nothing.
             acc = tl.where(reached[None, :], acc + a[:, None] * b[None, :], acc)
 
+    grad += split.to(tl.int64) * count
     out = grad + ((group * c_in + ci).to(tl.int64) * columns)[:, None] + column[None, :]
     tl.store(out, acc.to(grad.dtype.element_ty), mask=ci_ok[:, None] & column_ok[None, :])
