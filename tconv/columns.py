@@ -1,5 +1,5 @@
 """The column kernels' tiles (kernels/columns.py), and which problems they take: those that are mostly reading the weight, or
-writing its gradient.
+writing its gradient, and the forward pass of few output channels.
 
 Pure integers, from a layer's sizes; neither torch nor Triton.  The times are estimates for an H100, two to four times below
 what was measured (docs/kernels.md), as are those that they are compared with.
@@ -95,6 +95,32 @@ def packed(weight: int, streamed: int, splits: int) -> float:
     """Nanoseconds that a gather with a packed weight of so many bytes takes at least: the weight is read, written and
     read, and a program reads so many bytes; sums in parts are another launch."""
     return (2 + (splits > 1)) * START + 2 * weight / MEMORY + max(weight / MEMORY, streamed / STREAM)
+
+
+# The forward pass of few output channels: all taps of all of them are the columns of one product, which reads the input once.
+FEW_OUT = 8
+# One tile's; as many multiplications of zeros as products take the time beyond, and with tf32x3 sooner.
+FEW_COLUMNS, FEW_COLUMNS_TF32X3 = 128, 64
+FEW_BYTES = 6  # that columns are written and read, for each byte of input
+
+
+def of_few(
+    c_in: int, c_out: int, taps: int, pixels: int, element_size: int, how: str, large: bool, order: str, target: Target
+) -> Columns | None:
+    """The tile for a layer of few output channels and no groups, or None.  pixels are those of the input's whole batch, how
+    the precision, order that of the weight in memory."""
+    columns = c_out * taps
+    if large or order == "strided" or (how == "ieee" and target.backend != "interpreter"):
+        return None
+    if c_out > FEW_OUT or taps == 1 or columns > (FEW_COLUMNS_TF32X3 if how == "tf32x3" else FEW_COLUMNS):
+        return None
+    if c_in < LEAST_CHANNELS or pixels <= MOST_PIXELS or pixels * columns > WORKSPACE_ELEMENTS:
+        return None
+    if 2 * 4 * columns > FEW_BYTES * c_in * element_size:
+        return None
+    is_half = element_size == 2
+    tile = power_of_two(columns, 16, FEW_COLUMNS), 64 if is_half else 32, power_of_two(c_in, 16, 64 if is_half else 32)
+    return Columns(*tile, 512, 4, 2 if target.backend == "hip" else 4)
 
 
 # The gradient of the weight.

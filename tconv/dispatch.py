@@ -329,6 +329,15 @@ def _columns(problem: Problem, how: str, why: str, target: Target) -> tuple[Plan
     return Plan("columns", f"{why}: reading the weight takes the time", how, tile, splits), ""
 
 
+def _few_columns(problem: Problem, how: str, target: Target) -> columns.Columns | None:
+    """The column kernels' tile for a forward pass of few output channels, or None."""
+    p, geometry = problem, problem.geometry
+    if p.direction != "forward" or geometry.groups > 1 or "columns" in target.without:
+        return None
+    pixels = p.batch * prod(p.input_size)
+    return columns.of_few(p.c_in, p.c_out, geometry.taps, pixels, p.dtype.itemsize, how, p.large, p.weight, target)
+
+
 def _weight_columns(problem: Problem, target: Target) -> columns.WeightColumns | None:
     """The tile of a weight's gradient that is mostly writing, or None."""
     p, g = problem, problem.geometry.groups
@@ -345,10 +354,7 @@ def _long(problem: Problem, is_direct: bool, why: str, target: Target) -> Plan |
     p, g = problem, problem.geometry.groups
     c_in, c_out = p.c_in // g, p.c_out // g
     width = (p.source if p.direction == "backward_input" else p.destination) == "width"
-    is_weight = p.direction == "backward_weight"
-    if "long" in target.without or not long.takes(p.direction, p.geometry, c_in, c_out, p.large, width):
-        return None
-    if is_weight and not is_direct:  # cuDNN's tensor cores have enough channels
+    if "long" in target.without or not long.takes(p.direction, p.geometry, c_in, c_out, is_direct, p.large, width):
         return None
     tile, splits = long.choose(p.direction, p.geometry, p.batch, c_in, c_out, p.input_size, target)
     side_by_side = "phases" if p.direction == "forward" else "taps"
@@ -396,6 +402,8 @@ def plan(problem: Problem, target: Target) -> Plan:
     is_direct = g > 1 and max(c_in, c_out) <= DIRECT_CHANNELS
     how = "" if is_direct else precision(problem, target)
     why = f"{c_in} to {c_out} channels" + (f" in each of {g} groups" if g > 1 else "")
+    if all_taps := _few_columns(problem, how, target):
+        return Plan("columns", f"{why}: so few that all taps are one product", how, all_taps)
     thin, refused = _few(problem, how, target)
     if thin:
         return _few_plan(problem, f"{why}: too few for the tensor core", thin, target)

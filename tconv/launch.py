@@ -643,10 +643,13 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
     w_i, last = strides5(weight)[0], order(weight) == "channels"
     partials = noted.workspace((chosen.splits, pixels, g * width), of_partials(input.dtype), input)
     by_pixel = not last and size[2] >= columns.RUN
+    planes = gcd(prod(size), 16) if input.is_contiguous() and prod(size) >= tile.pixels else 0
+    tiles = batch * cdiv(prod(size), tile.pixels) if planes else cdiv(pixels, tile.pixels)
     noted.launch(
-        column_gemm, chosen.splits * g * cdiv(width, tile.columns) * cdiv(pixels, tile.pixels),
+        column_gemm, chosen.splits * g * cdiv(width, tile.columns) * tiles,
         input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
         SRC_LAYOUT=layout(input, g),
+        PLANES=planes,
         ALIGNED=w_i % 16 == 0 and width % 16 == 0,
         BY_PIXEL=by_pixel,
         PRECISION=chosen.precision,

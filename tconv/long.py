@@ -16,6 +16,7 @@ from .geometry import Geometry, sizes3
 # Along the width, from so many on: neighbouring threads that took neighbouring pixels would each touch a sector of their own.
 STRIDE = 8
 CHANNELS = 32  # of a group on either side, at most: beyond, tensor cores have enough to do
+PHASES = 64  # from so many on also layers for which tensor cores would do, were not so many of their loads apart
 PROGRAMS = 4  # a multiprocessor, that sums are split for
 CHAIN = 64  # products of fp32 that a thread adds one after the other, about
 WARPS = 4
@@ -46,15 +47,19 @@ class InputColumns:
         return f"{self.pixels} pixels x {self.channels} channels x {self.taps_h} x {self.taps_w} taps, {WARPS} warps"
 
 
-def takes(direction: str, geometry: Geometry, c_in: int, c_out: int, large: bool, width: bool) -> bool:
-    """Whether the kernels take a pass.  c_in and c_out are a group's; width: whether the output's (or its gradient's) pixels
-    along the width are neighbours in memory."""
+def takes(direction: str, geometry: Geometry, c_in: int, c_out: int, is_direct: bool, large: bool, width: bool) -> bool:
+    """Whether the kernels take a pass.  c_in and c_out are a group's; is_direct: whether they are too few for tensor cores;
+    width: whether the output's (or its gradient's) pixels along the width are neighbours in memory."""
     last = geometry.axes3[2]
-    if large or last.stride < STRIDE or last.kernel < last.stride or max(c_in, c_out) > CHANNELS:
+    if large or last.stride < STRIDE or last.kernel < last.stride:
+        return False
+    if not is_direct and (max(c_in, c_out) > CHANNELS or prod(geometry.stride) < PHASES):
         return False
     if direction == "forward":  # with dilation, phases have taps of their own
         return all(a.dilation == 1 for a in geometry.axes)
-    return direction == "backward_input" or width
+    return direction == "backward_input" or (
+        width and is_direct
+    )  # a weight's gradient has enough columns for tensor cores
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,7 @@
 """The column kernels: that they make the convolution, which problems they take, and with which tile."""
 
 import random
+from math import prod
 
 import pytest
 import torch
@@ -195,6 +196,70 @@ def test_a_weight_with_gaps_is_left(device, always):
     assert "without gaps" in dispatch_of(x, w[:, :, 1:], None, {}).reason
 
 
+FEW = [
+    ((2, 40, 8, 8), (40, 2, 4, 4), dict(stride=2, padding=1)),
+    ((2, 59, 7, 9), (59, 3, 5, 5), dict(stride=2, padding=2, output_padding=1)),
+    ((1, 56, 6, 20), (56, 1, 9, 9), dict(stride=3, padding=4, output_padding=2)),
+    ((2, 64, 70), (64, 5, 16), dict(stride=8, padding=4)),
+    ((1, 50, 4, 4, 6), (50, 4, 3, 2, 3), dict(stride=(2, 1, 2), padding=1, dilation=(1, 2, 1))),
+]
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("precision", ("float64", "tf32", "bfloat16"))
+@pytest.mark.parametrize(
+    "shape, weight, options", FEW, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else ""
+)
+def test_few_output_channels(shape, weight, options, precision, last, device, monkeypatch):
+    """All taps of all of them as one product, of one tile of columns; images of whole tiles of pixels and others."""
+    if device != "cpu" and precision == "float64":
+        pytest.skip("no kernels there")
+    monkeypatch.setattr(columns, "MOST_PIXELS", 0)
+    dispatch.plan.cache_clear()
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype, n = getattr(torch, precision, torch.float32), len(shape) - 2
+    x, w, b = (torch.randn(s, dtype=torch.float64, device=device).to(dtype) for s in (shape, weight, weight[1:2]))
+    if last and n > 1:
+        x = x.contiguous(memory_format=LAST[x.ndim])
+    plan = dispatch_of(x, w, b, options)
+    assert plan.family == "columns" and "one product" in plan.reason, plan
+    actual = TCONV[n](x, w, b, **options)
+    exact = oracle(n, x, w, b, torch.zeros_like(actual), tf32=plan.precision == "tf32", **options)[0]
+    assert errors(actual, exact)[1] < {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
+    assert torch.equal(actual, TCONV[n](x, w, b, **options))
+    dispatch.plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "args, options, how, taken",
+    [
+        ((597, 2, 4, (48, 56), 8), dict(stride=2, padding=1), "tf32", True),
+        ((56, 1, 9, (540, 960), 1), dict(stride=2, padding=4, output_padding=1), "half", True),
+        ((512, 1, 16, (3999,), 16), dict(stride=8), "tf32x3", True),
+        (
+            (192, 3, 5, (256, 384), 1),
+            dict(stride=2, padding=2, output_padding=1),
+            "tf32x3",
+            False,
+        ),  # too many columns for it
+        ((64, 3, 4, (128, 128), 128), dict(stride=2, padding=1), "half", False),  # too large a workspace
+        ((32, 1, 9, (64, 64), 1), dict(stride=2, padding=4), "half", False),  # columns are too much to move
+        ((64, 9, 3, (64, 64), 1), dict(stride=2), "half", False),
+        ((64, 4, 1, (64, 64), 1), {}, "half", False),
+        ((64, 3, 4, (4, 4), 1), dict(stride=2), "half", False),
+        ((64, 3, 4, (64, 64), 1), dict(stride=2), "ieee", False),
+    ],
+)
+def test_which_few_output_channels(args, options, how, taken):
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    size = batch * prod(size), 2 if how == "half" else 4
+    tile = columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "taps", HOPPER)
+    assert (tile is not None) == taken
+    assert tile is None or (tile.columns >= c_out * geometry.taps and "columns" in tile.describe())
+    assert columns.of_few(c_in, c_out, geometry.taps, *size, how, True, "taps", HOPPER) is None
+    assert columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "strided", HOPPER) is None
+
+
 def test_splits_share_the_steps():
     """No part of a sum is empty, and partial sums stay within the workspace."""
     for c_in in (16, 100, 512, 4096):
@@ -306,6 +371,42 @@ def test_gradients_of_weights_on_a_gpu(args, options, precision, last):
     exact = oracle(geometry.ndim, x, w, None, grad, **options)[2]
     assert errors(actual, exact)[1] < {torch.float32: 2e-7, torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
     assert torch.equal(actual, gradient(x, w, grad, options)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
+@pytest.mark.parametrize(
+    "args, options",
+    [
+        ((597, 2, 4, (48, 56), 8), dict(stride=2, padding=1)),
+        ((661, 2, 4, (12, 14), 8), dict(stride=2, padding=1)),
+        ((56, 1, 9, (270, 480), 1), dict(stride=4, padding=4, output_padding=3)),
+        ((192, 3, 5, (256, 384), 1), dict(stride=2, padding=2, output_padding=1)),
+        ((512, 1, 16, (3999,), 16), dict(stride=8)),
+        ((128, 2, 3, (17, 30, 31), 2), dict(stride=2, padding=1, output_padding=1)),
+    ],
+    ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
+)
+def test_few_output_channels_on_a_gpu(args, options, precision, last):
+    """At full size, no worse than torch; the same bits every time."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype = getattr(torch, precision, torch.float32)
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    n = geometry.ndim
+    x = torch.randn(batch, c_in, *size, device="cuda").to(dtype)
+    w = torch.randn(c_in, c_out, *geometry.kernel, device="cuda").to(dtype)
+    if last and n > 1:
+        x = x.contiguous(memory_format=LAST[x.ndim])
+    plan = dispatch_of(x, w, None, options)
+    assert plan.family == "columns" or precision == "ieee", plan
+    actual = TCONV[n](x, w, None, **options)
+    if plan.precision == "tf32":
+        expected = oracle(n, x, w, None, torch.zeros_like(actual), tf32=True, **options)[0]
+        assert errors(actual, expected)[1] < 4e-6
+    else:
+        assert_no_worse(actual, ATEN[n](x.double(), w.double(), **options), ATEN[n](x, w, **options), str(plan))
+    assert torch.equal(actual, TCONV[n](x, w, None, **options))
 
 
 @pytest.mark.gpu

@@ -23,6 +23,8 @@ def drawn(seed):
     c_in, c_out, groups = draw.choice(((1, 1, 3), (2, 3, 2), (1, 1, 5), (4, 1, 2), (5, 7, 1), (9, 2, 1)))
     last = draw.randint(8, 12)
     stride = [draw.choice((1, 2, 8)) for _ in range(ndim - 1)] + [last]
+    if groups == 1:  # as many phases as such layers need
+        ndim, stride = max(ndim, 2), [1] * (max(ndim, 2) - 2) + [8, last]
     kernel = [draw.randint(1, 5) for _ in range(ndim - 1)] + [draw.choice((last, last + 3, 2 * last, 33))]
     dilation = [draw.choice((1, 1, 1, 2)) for _ in range(ndim)]
     padding = [draw.randint(0, 2) for _ in range(ndim - 1)] + [draw.randint(0, 6)]
@@ -99,6 +101,7 @@ def test_nan_and_inf(kernel, where, value, device, ieee):
         ((21, 21, 64, (12, 16), 1), dict(stride=32), True, "forward backward_input"),
         ((21, 21, 64, (12, 16), 1), dict(stride=32, dilation=2), True, "backward_input"),
         ((64, 64, 16, (32, 32), 1), dict(stride=8), True, ""),
+        ((16, 16, 16, (32,), 1), dict(stride=8), True, ""),  # too few phases
         ((21, 21, 4, (32, 32), 1), dict(stride=2, groups=21), False, ""),
         ((21, 21, 4, (32, 32), 1), dict(stride=8, groups=21), False, ""),
     ],

@@ -1,5 +1,5 @@
-"""The forward pass of layers whose weight is nearly all there is to read: a GEMM over the weight as it lies in memory, and
-the addition of what its columns bring to each output (col2im).
+"""The forward pass of layers whose weight is nearly all there is to read, or that have few output channels: a GEMM over the
+weight as it lies in memory, and the addition of what its columns bring to each output (col2im).
 
 No packing: the weight is read once, in its own order, in runs of 16 bytes.
 """
@@ -31,8 +31,8 @@ from .common import (
 def column_gemm(
     src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
     splits,
-    SRC_LAYOUT: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[split, pixel, group and column] = sum over the split's source channels of src * weight; in memory pixels lie
     side by side if BY_PIXEL, otherwise columns.
@@ -40,6 +40,7 @@ def column_gemm(
     GEMM: M = source pixels of all samples, N = columns, which are the (destination channel, tap) pairs of one group,
     K = source channels; c_src and columns are a group's.  The columns of a source channel lie in memory without gaps, those
     of the next one w_s elements further on.  ALIGNED: whether 16 divides w_s and how many columns there are.
+    PLANES: 0, or whether the pixels of an image lie side by side, and the power of two, at most 16, that divides their number.
     """
     src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
     c_src = known_channels(c_src, SRC_LAYOUT)
@@ -47,7 +48,15 @@ def column_gemm(
         w_s = w_s // 16 * 16
         columns = columns // 16 * 16
     # What reads the same part of the weight is neighbours.
-    tiles_m = tl.cdiv(pixels, BLOCK_M)
+    of_image = d_src * h_src * w_src
+    if PLANES:
+        of_image = of_image // PLANES * PLANES
+        src_n = src_n // PLANES * PLANES
+        src_c = src_c // PLANES * PLANES
+        tiles_m = pixels // of_image * tl.cdiv(of_image, BLOCK_M)
+        pixels = pixels // PLANES * PLANES
+    else:
+        tiles_m = tl.cdiv(pixels, BLOCK_M)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     pid = tl.program_id(0)
     tile_m = pid % tiles_m
@@ -57,10 +66,17 @@ def column_gemm(
     split = pid % splits
     group = pid // splits
 
-    p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    pixel_ok = p < pixels
-    n, d, h = split_row(p // w_src, d_src, h_src)
-    pixel = n * src_n + d * src_d + h * src_h + p % w_src * src_w
+    if PLANES:
+        of_tile = tl.cdiv(of_image, BLOCK_M)
+        p = tile_m % of_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        pixel_ok = p < of_image
+        pixel = tile_m // of_tile * src_n + p
+        p += tile_m // of_tile * of_image
+    else:
+        p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        pixel_ok = p < pixels
+        n, d, h = split_row(p // w_src, d_src, h_src)
+        pixel = n * src_n + d * src_d + h * src_h + p % w_src * src_w
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < columns
     k = tl.arange(0, BLOCK_K)
@@ -151,22 +167,24 @@ def add_columns(
     pixels = batch * d_src * h_src * w_src
     column = channel // c_dst * c_dst * kd * kh * kw + channel % c_dst * of_channel
     acc = tl.zeros((BLOCK,), tl.float64)
-    for t in range(most_d * most_h * most_w):
-        jd = t // (most_h * most_w)
-        jh = t // most_w % most_h
-        jw = t % most_w
+    for jd in range(most_d):
         d = id0 + jd * step_d
-        h = ih0 + jh * step_h
-        w = iw0 + jw * step_w
-        reached = ok & (jd < count_d) & (d >= 0) & (jh < count_h) & (h >= 0) & (jw < count_w) & (w >= 0)
-        tap = ((td + jd * tap_step_d) * kh + th + jh * tap_step_h) * kw + tw + jw * tap_step_w
-        pixel = ((n * d_src + d) * h_src + h) * w_src + w
-        if BY_PIXEL:
-            at = partial + ((column + tap * of_tap) * pixels + pixel)
-        else:
-            at = partial + (pixel * columns + column + tap * of_tap)
-        for split in tl.static_range(SPLITS):  # so that all are on their way together
-            acc += tl.load(at + split * pixels * columns, mask=reached, other=0.0).to(tl.float64)
+        plane_ok = ok & (jd < count_d) & (d >= 0)
+        for jh in range(most_h):
+            h = ih0 + jh * step_h
+            row_ok = plane_ok & (jh < count_h) & (h >= 0)
+            first = ((td + jd * tap_step_d) * kh + th + jh * tap_step_h) * kw + tw
+            row = ((n * d_src + d) * h_src + h) * w_src
+            for jw in range(most_w):
+                w = iw0 + jw * step_w
+                reached = row_ok & (jw < count_w) & (w >= 0)
+                of = column + (first + jw * tap_step_w) * of_tap
+                if BY_PIXEL:
+                    at = partial + (of * pixels + row + w)
+                else:
+                    at = partial + ((row + w) * columns + of)
+                for split in tl.static_range(SPLITS):  # so that all are on their way together
+                    acc += tl.load(at + split * pixels * columns, mask=reached, other=0.0).to(tl.float64)
     if HAS_BIAS:
         acc += widen(tl.load(bias + channel, mask=ok, other=0.0), tl.float64)
     out = n * dst_n + channel * dst_c + od * dst_d + oh * dst_h + ow * dst_w
