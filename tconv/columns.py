@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
+from .geometry import Geometry
 
 MOST_PIXELS = 384  # of all samples; beyond, multiplications take the time, and other kernels' tiles are better for them
 MOST_PRODUCTS = 3 << 29  # with 3.3e9 (200 pixels, 1536 to 768 channels, k14) the shift kernel took 119 us, this one 150
@@ -42,6 +43,23 @@ class Columns:
     def describe(self) -> str:
         return (
             f"{self.columns} columns x {self.pixels} pixels x {self.channels} channels, "
+            f"{self.num_warps} warps, {self.num_stages} stages"
+        )
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A tile of the GEMM whose products are the outputs themselves."""
+
+    columns: int
+    pixels: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+    def describe(self) -> str:
+        return (
+            f"{self.columns} columns x {self.pixels} pixels x {self.channels} channels, scattered, "
             f"{self.num_warps} warps, {self.num_stages} stages"
         )
 
@@ -95,6 +113,36 @@ def packed(weight: int, streamed: int, splits: int) -> float:
     """Nanoseconds that a gather with a packed weight of so many bytes takes at least: the weight is read, written and
     read, and a program reads so many bytes; sums in parts are another launch."""
     return (2 + (splits > 1)) * START + 2 * weight / MEMORY + max(weight / MEMORY, streamed / STREAM)
+
+
+# Where no output has two taps, products are the outputs.
+NARROW = 128  # columns of a layer of many pixels: one tile's, so that the input is read once
+
+
+def scatters(geometry: Geometry, size: tuple[int, ...]) -> bool:
+    """Whether every output has one tap: kernel = stride, or one input pixel, along each axis.  size: the input's."""
+    return not any(geometry.output_padding) and all(
+        (a.dilation == 1 or a.kernel == 1) and (n == 1 or a.kernel == a.stride) for a, n in zip(geometry.axes, size)
+    )
+
+
+def scatter(columns: int, c_in: int, element_size: int, target: Target) -> Scatter:
+    """The tile.  A thread has at most 16 outputs, since each has its own address: with 64, of 64 pixels, 0.6 to 1.5 KB of
+    spills."""
+    block_n, block_k = power_of_two(columns, 16, 128), power_of_two(c_in, 16, 64 if element_size == 2 else 32)
+    stages = 2 if target.backend == "hip" else 4
+    return Scatter(block_n, 32, block_k, 8 if block_n == 128 else 4, stages)
+
+
+def scattered(
+    tile: Scatter, groups: int, c_in: int, columns: int, pixels: int, element_size: int, target: Target
+) -> float:
+    """Nanoseconds by the estimate."""
+    weight = groups * c_in * columns * element_size
+    stage = (tile.pixels + tile.columns) * tile.channels * element_size
+    steps, whole = cdiv(c_in, tile.channels), groups * cdiv(columns, tile.columns) * cdiv(pixels, tile.pixels)
+    rounds = cdiv(whole, RESIDENT * target.processors)
+    return START + max(weight / MEMORY, whole * steps * stage / L2, rounds * steps * stage / STREAM)
 
 
 # The forward pass of few output channels: all taps of all of them are the columns of one product, which reads the input once.

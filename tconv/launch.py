@@ -633,25 +633,21 @@ def _input_long(noted: Record, chosen: Plan, grad_output, weight, grad_input, ge
 
 def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
     """Launch the column kernels: the products of all pixels with the whole weight, and what of them each output sums."""
-    from .kernels.columns import add_columns, column_gemm
+    from .kernels.columns import add_columns, column_gemm, scatter_gemm
 
     tile, g, batch, taps = chosen.config, geometry.groups, input.shape[0], geometry.taps
-    assert isinstance(tile, columns.Columns)
+    assert isinstance(tile, columns.Columns | columns.Scatter)
     c_in, c_out = input.shape[1] // g, output.shape[1] // g
     size, out = sizes3(input.shape[2:]), sizes3(output.shape[2:])
     pixels, width = batch * prod(size), c_out * taps
     w_i, last = strides5(weight)[0], order(weight) == "channels"
-    partials = noted.workspace((chosen.splits, pixels, g * width), of_partials(input.dtype), input)
-    by_pixel = not last and size[2] >= columns.RUN
     planes = gcd(prod(size), 16) if input.is_contiguous() and prod(size) >= tile.pixels else 0
     tiles = batch * cdiv(prod(size), tile.pixels) if planes else cdiv(pixels, tile.pixels)
-    noted.launch(
-        column_gemm, chosen.splits * g * cdiv(width, tile.columns) * tiles,
-        input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
+    of_column = (1, c_out) if last else (taps, 1)
+    constants = dict(
         SRC_LAYOUT=layout(input, g),
         PLANES=planes,
         ALIGNED=w_i % 16 == 0 and width % 16 == 0,
-        BY_PIXEL=by_pixel,
         PRECISION=chosen.precision,
         ACC=accumulator(input.dtype),
         BLOCK_M=tile.pixels,
@@ -659,6 +655,29 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
         BLOCK_K=tile.channels,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+    )
+    if isinstance(tile, columns.Scatter):
+        to = layout(output, g)
+        run = 1 if last else taps if to in ("channels", "vectors") else geometry.kernel[-1]
+        noted.launch(
+            scatter_gemm, g * cdiv(width, tile.columns) * tiles,
+            input, weight, output if bias is None else bias, output, pixels, c_in, c_out, width, g, *size, *out,
+            *sizes3(geometry.kernel)[1:], taps, *axis_scalars(geometry, inverse=False)[3:9],
+            *strides5(input), *strides5(output), w_i, *of_column,
+            DST_LAYOUT=to,
+            HAS_BIAS=bias is not None,
+            RUN=run if tile.columns % run == 0 else 1,
+            WHOLE=not any(geometry.padding),
+            **constants,
+        )  # fmt: skip
+        return
+    partials = noted.workspace((chosen.splits, pixels, g * width), of_partials(input.dtype), input)
+    by_pixel = not last and size[2] >= columns.RUN
+    noted.launch(
+        column_gemm, chosen.splits * g * cdiv(width, tile.columns) * tiles,
+        input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
+        BY_PIXEL=by_pixel,
+        **constants,
     )  # fmt: skip
     most = [min(a.most_taps, cdiv(n, a.dilation // a.gcd)) for a, n in zip(geometry.axes3, size)]
     phases = prod(min(o, a.stride) for o, a in zip(out, geometry.axes3))
@@ -666,8 +685,7 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
     noted.launch(
         add_columns, phases * cdiv(of_phase, tile.outputs),
         partials, output if bias is None else bias, output, batch, c_out, g, *size, *out,
-        *axis_scalars(geometry, inverse=True), *most, *strides5(output),
-        *((1, c_out) if last else (taps, 1)),
+        *axis_scalars(geometry, inverse=True), *most, *strides5(output), *of_column,
         CHANNELS=last,
         BY_PIXEL=by_pixel,
         HAS_BIAS=bias is not None,

@@ -29,7 +29,7 @@ KERNELS = {
     "gemm": ("gather_gemm", "weight_gemm"),
     "pack": ("pack_weight",),
     "few": ("gather_few", "weight_few"),
-    "columns": ("column_gemm", "add_columns", "weight_columns"),
+    "columns": ("column_gemm", "scatter_gemm", "add_columns", "weight_columns"),
     "direct": ("gather_direct", "weight_direct"),
     "long": ("gather_phases", "input_columns"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
@@ -101,6 +101,10 @@ LAYERS = {
     "bilinear-fp32-nhwc": (layer(21, 21, 64, (16, 16), 1, stride=32, padding=16, groups=21), FP32, LAST, True),
     "upscore-fp32-nchw": (layer(21, 21, 64, (12, 16), 1, stride=32), FP32, FIRST, False),
     "upscore-bf16-nhwc": (layer(20, 20, 12, (40, 48), 1, stride=8), BF16, LAST, True),
+    "narrow-tf32-ndhwc": (layer(32, 16, 2, (48, 48, 48), 4, stride=2), FP32, LAST, True),
+    "narrow-bf16-nchw": (layer(48, 16, 2, (256, 256), 8, stride=2), BF16, FIRST, True),
+    "narrow-fp16-nhwc": (layer(48, 14, 1, (250, 256), 8), FP16, LAST, True),
+    "few-tf32-nchw": (layer(192, 3, 5, (256, 384), 1, stride=2, padding=2, output_padding=1), FP32, FIRST, True),
     "large-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2), BF16, LAST, True),
     "large-fp32-nchw": (layer(64, 64, 2, (2048, 2048), 16, stride=2), FP32, FIRST, True),
     "large-depthwise-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2, groups=64), BF16, LAST, True),
@@ -238,7 +242,7 @@ def judge(launch, result, target: str):
         yield "no bulk copy"
     if result["overlaps"] != overlapping(launch):
         yield f"of launches that overlap it has {result['overlaps']}, expected {overlapping(launch)}"
-    if "PRECISION" in constants or launch["kernel"] == "shift":
+    if constants.get("PRECISION", "ieee") != "ieee" or launch["kernel"] == "shift":
         # wgmma has no tile of fewer than 64 rows.
         wanted = (
             {"mma.sync"} if target == "sm_90" and constants.get("BLOCK_M", 64) < 64 else MATRIX_INSTRUCTIONS[target]

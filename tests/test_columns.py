@@ -173,7 +173,7 @@ def test_which(args, options, dtype):
     [
         ((512, 256, 4, (8, 8), 64), dict(stride=2, padding=1), "too many pixels for the column kernels"),
         ((8, 512, 4, (1, 1), 1), {}, "too few input channels for the column kernels"),
-        ((32, 8, 4, (1, 1), 1), {}, "the weight is too small for the column kernels"),
+        ((32, 8, 4, (1, 2), 1), {}, "the weight is too small for the column kernels"),
         (
             (512, 256, 4, (4, 4), 16),
             dict(stride=2, padding=1),
@@ -194,6 +194,74 @@ def test_a_weight_with_gaps_is_left(device, always):
     assert "without gaps" in dispatch_of(x, w.transpose(2, 3), None, {}).reason
     assert dispatch_of(x, w[::2, :, 1:].repeat_interleave(2, 0), None, {}).family == "columns"
     assert "without gaps" in dispatch_of(x, w[:, :, 1:], None, {}).reason
+
+
+def scattered(seed):
+    """A random layer each of whose outputs has one tap, and its tensors in float64."""
+    draw = random.Random(seed)
+    ndim, groups = draw.choice((1, 2, 2, 3)), draw.choice((1, 1, 2))
+    c_in, c_out = draw.choice(((17, 5), (40, 16), (33, 12)))
+    axes = []
+    for _ in range(ndim):
+        kernel = draw.choice((1, 2, 2, 3, 4, 5))
+        one = draw.random() < 0.2
+        size = 1 if one else draw.randint(2, 12 // ndim)
+        padding = draw.randint(0, (kernel * (1 if one else size) - 1) // 2) if draw.random() < 0.4 else 0
+        axes.append((size, kernel, draw.randint(1, 3) if one else kernel, padding))
+    size, kernel, stride, padding = zip(*axes, strict=True)
+    torch.manual_seed(seed)
+    x = torch.randn(draw.choice((1, 3)), c_in * groups, *size, dtype=torch.float64)
+    weight = torch.randn(c_in * groups, c_out, *kernel, dtype=torch.float64)
+    if draw.random() < 0.3:  # channels_last
+        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    if ndim > 1 and draw.random() < 0.5:
+        x = x.contiguous(memory_format=LAST[x.ndim])
+    bias = torch.randn(c_out * groups, dtype=torch.float64) if draw.random() < 0.5 else None
+    return x, weight, bias, dict(stride=stride, padding=padding, groups=groups)
+
+
+@pytest.mark.parametrize("precision", ("float64", "tf32", "bfloat16"))
+@pytest.mark.parametrize("seed", range(30))
+def test_scattered_products(seed, precision, device, always, monkeypatch):
+    if precision == "float64" and device != "cpu":
+        pytest.skip("no kernels there")
+    if precision != "float64" and device == "cpu" and seed > 5:
+        pytest.skip("the interpreter is slow")
+    always()
+    monkeypatch.setattr(columns, "scattered", lambda *_: -1.0)
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype = getattr(torch, precision, torch.float32)
+    x, w, b, options = scattered(seed)
+    x, w, b = (None if t is None else t.to(device, dtype) for t in (x, w, b))
+    with dispatch.without("few", "long"):
+        plan = dispatch_of(x, w, b, options)
+        assert isinstance(plan.config, columns.Scatter), plan
+        actual, again = (TCONV[x.ndim - 2](x, w, b, **options) for _ in range(2))
+    exact = oracle(x.ndim - 2, x, w, b, torch.zeros_like(actual), tf32=plan.precision == "tf32", **options)[0]
+    assert errors(actual, exact)[1] < {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
+    assert torch.equal(actual, again)
+
+
+@pytest.mark.parametrize(
+    "args, options, last, dtype, taken",
+    [
+        ((32, 16, 2, (48, 48, 48), 4), dict(stride=2), True, torch.float32, True),  # too short a sum for TF32
+        ((32, 14, 1, (128, 128, 128), 2), {}, True, torch.float32, True),
+        ((768, 384, 2, (3, 3, 3), 4), dict(stride=2), True, torch.float32, True),  # few pixels
+        ((1024, 512, 3, (1, 1), 128), {}, True, torch.bfloat16, True),
+        ((32, 16, 2, (48, 48, 48), 4), dict(stride=2, output_padding=1), True, torch.float32, False),
+        ((32, 16, 3, (48, 48, 48), 4), dict(stride=2), True, torch.float32, False),
+        ((32, 24, 2, (48, 48, 48), 4), dict(stride=2), True, torch.float32, False),  # more than one tile
+        ((256, 128, 2, (56, 56), 16), dict(stride=2), False, torch.bfloat16, False),  # the shift kernel's
+    ],
+)
+def test_which_products_are_scattered(args, options, last, dtype, taken):
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    source = "vectors" if last else "width"
+    problem = dispatch.Problem("forward", geometry, batch, c_in, c_out, size, dtype, True, source, source)
+    plan = dispatch.plan(problem, HOPPER)
+    assert isinstance(plan.config, columns.Scatter) == taken, plan
+    assert not taken or "scattered" in plan.config.describe()
 
 
 FEW = [
@@ -371,6 +439,45 @@ def test_gradients_of_weights_on_a_gpu(args, options, precision, last):
     exact = oracle(geometry.ndim, x, w, None, grad, **options)[2]
     assert errors(actual, exact)[1] < {torch.float32: 2e-7, torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
     assert torch.equal(actual, gradient(x, w, grad, options)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
+@pytest.mark.parametrize(
+    "args, options",
+    [
+        ((32, 16, 2, (48, 48, 48), 4), dict(stride=2)),
+        ((32, 20, 2, (256, 512), 2), dict(stride=2)),
+        ((33, 14, 1, (64, 65, 66), 2), {}),
+        ((768, 384, 2, (3, 3, 3), 4), dict(stride=2)),
+        ((1024, 512, 3, (1, 1), 128), {}),
+        ((512, 512, 4, (1, 1), 1), dict(stride=2, padding=1)),
+    ],
+    ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
+)
+def test_scattered_products_on_a_gpu(args, options, precision, last):
+    """At full size, whatever the plan, on the column kernels, no worse than torch; the same bits every time."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype = getattr(torch, precision, torch.float32)
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    n = geometry.ndim
+    x = torch.randn(batch, c_in, *size, device="cuda").to(dtype)
+    w = (torch.randn(c_in, c_out, *geometry.kernel, device="cuda") / c_in**0.5).to(dtype)
+    b = torch.randn(c_out, device="cuda").to(dtype)
+    if last and n > 1:
+        x = x.contiguous(memory_format=LAST[x.ndim])
+    with dispatch.without("few", "shift", "aten"):
+        plan = dispatch_of(x, w, b, options)
+        actual, again = (TCONV[n](x, w, b, **options) for _ in range(2))
+    assert plan.family == "columns", plan
+    if plan.precision == "tf32":
+        expected = oracle(n, x, w, b, torch.zeros_like(actual), tf32=True, **options)[0]
+        assert errors(actual, expected)[1] < 4e-6
+    else:
+        exact = ATEN[n](x.double(), w.double(), b.double(), **options)
+        assert_no_worse(actual, exact, ATEN[n](x, w, b, **options), str(plan))
+    assert torch.equal(actual, again)
 
 
 @pytest.mark.gpu

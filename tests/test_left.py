@@ -12,9 +12,11 @@ import tconv
 from tconv import aten, dispatch, launch, record
 from tconv.bench import worker
 from tconv.configs import Target
+from tconv.geometry import Geometry
 
 HOPPER = Target("cuda", 90, 132)
 GRADIENTS = {"backward_input", "backward_weight"}
+PRODUCT = Case("2d_k1_wide", (2, 64, 9, 10), (64, 128, 1, 1))
 WIDE_GROUPS = Case("wide groups", (2, 128, 16, 16), (128, 64, 3, 3), dict(stride=2, groups=2))
 LONG_SUMS = Case("long sums", (1, 21, 2, 2), (21, 21, 64, 64), dict(stride=32))
 DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
@@ -43,6 +45,9 @@ def plans(case, dtype, target, tf32, monkeypatch, last=False):
         (WIDE_GROUPS, torch.float16, False, {"forward", *GRADIENTS}),
         (WIDE_GROUPS, torch.float32, False, set()),
         (DENSE, torch.float32, False, set()),
+        (PRODUCT, torch.bfloat16, False, {"forward", *GRADIENTS}),
+        (PRODUCT, torch.float32, True, {"forward", *GRADIENTS}),
+        (PRODUCT, torch.float32, False, set()),
         (by_id("2d_groups3"), torch.float32, True, {"backward_input"}),  # narrow groups have better than TF32
         (LONG_SUMS, torch.float32, True, set()),  # cuDNN's choice for torch is fp32
         (DEPTHWISE, torch.float32, True, {"backward_input"}),
@@ -73,6 +78,24 @@ def test_forward_in_channels_last(case, dtype, left, monkeypatch):
     for last in (False, True):
         told = plans(case, dtype, HOPPER, True, monkeypatch, last)["forward"]
         assert (told.family == "aten") == (left and last)
+
+
+@pytest.mark.parametrize(
+    "change, left",
+    [
+        ({}, True),
+        (dict(source="vectors", destination="vectors"), False),
+        (dict(geometry=Geometry((1, 1), (2, 2), (0, 0), (0, 0), 1, (1, 1))), False),
+        (dict(geometry=Geometry((1, 1), (1, 1), (1, 0), (0, 0), 1, (1, 1))), False),
+        (dict(c_out=32), False),
+        (dict(large=True), False),
+    ],
+)
+def test_products_of_contiguous_matrices(change, left):
+    geometry = Geometry((1, 1), (1, 1), (0, 0), (0, 0), 1, (1, 1))
+    facts = dict(geometry=geometry, batch=4, c_in=128, c_out=256, input_size=(180, 180), dtype=torch.float16, tf32=True)
+    plan = dispatch.plan(dispatch.Problem("forward", **(facts | dict(source="width") | change)), HOPPER)
+    assert (plan.family == "aten") == left, plan
 
 
 def test_cudnn_switched_off(device):

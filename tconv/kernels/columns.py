@@ -22,20 +22,14 @@ from .common import (
 )
 
 
-@triton.jit(
-    repr=kernel_name("tconv_column_gemm"),
-    do_not_specialize=(
-        "pixels c_src columns groups d_src h_src w_src src_n src_c src_d src_h src_w w_s splits"
-    ).split(),
-)
-def column_gemm(
-    src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
-    splits,
-    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def _product(
+    src, weight, tile_m, tile_n, split, splits, group, pixels, c_src, columns, d_src, h_src, w_src,
+    src_n, src_c, src_d, src_h, src_w, w_s,
+    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, pixel, group and column] = sum over the split's source channels of src * weight; in memory pixels lie
-    side by side if BY_PIXEL, otherwise columns.
+    """(products, first pixel, end of the pixels) of one tile, over the split's source channels.
 
     GEMM: M = source pixels of all samples, N = columns, which are the (destination channel, tap) pairs of one group,
     K = source channels; c_src and columns are a group's.  The columns of a source channel lie in memory without gaps, those
@@ -47,33 +41,20 @@ def column_gemm(
     if ALIGNED:
         w_s = w_s // 16 * 16
         columns = columns // 16 * 16
-    # What reads the same part of the weight is neighbours.
-    of_image = d_src * h_src * w_src
     if PLANES:
-        of_image = of_image // PLANES * PLANES
+        of_image = d_src * h_src * w_src // PLANES * PLANES
         src_n = src_n // PLANES * PLANES
         src_c = src_c // PLANES * PLANES
-        tiles_m = pixels // of_image * tl.cdiv(of_image, BLOCK_M)
-        pixels = pixels // PLANES * PLANES
-    else:
-        tiles_m = tl.cdiv(pixels, BLOCK_M)
-    tiles_n = tl.cdiv(columns, BLOCK_N)
-    pid = tl.program_id(0)
-    tile_m = pid % tiles_m
-    pid = pid // tiles_m
-    tile_n = pid % tiles_n
-    pid = pid // tiles_n
-    split = pid % splits
-    group = pid // splits
-
-    if PLANES:
-        of_tile = tl.cdiv(of_image, BLOCK_M)
-        p = tile_m % of_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        tiles = tl.cdiv(of_image, BLOCK_M)
+        first = tile_m // tiles * of_image + tile_m % tiles * BLOCK_M
+        end = (tile_m // tiles + 1) * of_image
+        p = tile_m % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         pixel_ok = p < of_image
-        pixel = tile_m // of_tile * src_n + p
-        p += tile_m // of_tile * of_image
+        pixel = tile_m // tiles * src_n + p
     else:
-        p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = tile_m * BLOCK_M
+        end = pixels
+        p = first + tl.arange(0, BLOCK_M)
         pixel_ok = p < pixels
         n, d, h = split_row(p // w_src, d_src, h_src)
         pixel = n * src_n + d * src_d + h * src_h + p % w_src * src_w
@@ -92,14 +73,130 @@ def column_gemm(
         of_channel = c.to(tl.int64)[:, None] * w_s
         b = tl.load(weight + of_channel + column[None, :], mask=c_ok[:, None] & column_ok[None, :], other=0.0)
         acc = matmul(operand(a, PRECISION), operand(b, PRECISION), acc, PRECISION)
+    return acc, first, end
 
-    mask = pixel_ok[:, None] & column_ok[None, :]
+
+@triton.jit
+def _tiles_m(pixels, of_image, PLANES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many tiles of pixels there are: of planes, each has its own."""
+    if PLANES:
+        return pixels // of_image * tl.cdiv(of_image, BLOCK_M)
+    else:
+        return tl.cdiv(pixels, BLOCK_M)
+
+
+@triton.jit(
+    repr=kernel_name("tconv_column_gemm"),
+    do_not_specialize=(
+        "pixels c_src columns groups d_src h_src w_src src_n src_c src_d src_h src_w w_s splits"
+    ).split(),
+)
+def column_gemm(
+    src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
+    splits,
+    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[split, pixel, group and column] = sum over the split's source channels of src * weight; in memory pixels lie
+    side by side if BY_PIXEL, otherwise columns."""
+    # What reads the same part of the weight is neighbours.
+    tiles_m = _tiles_m(pixels, d_src * h_src * w_src, PLANES, BLOCK_M)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_m = pid % tiles_m
+    pid = pid // tiles_m
+    tile_n = pid % tiles_n
+    pid = pid // tiles_n
+    split = pid % splits
+    group = pid // splits
+    acc, first, end = _product(
+        src, weight, tile_m, tile_n, split, splits, group, pixels, c_src, columns, d_src, h_src, w_src,
+        src_n, src_c, src_d, src_h, src_w, w_s,
+        SRC_LAYOUT, PLANES, ALIGNED, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if ALIGNED:
+        columns = columns // 16 * 16
+    if PLANES:
+        first = first // PLANES * PLANES
+        end = end // PLANES * PLANES
+        pixels = pixels // PLANES * PLANES
+    p = first + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (p < end)[:, None] & (column < columns)[None, :]
     all_columns = groups * columns
     partial += split * pixels * all_columns
     if BY_PIXEL:
         tl.store(partial + (p[:, None] + (group * columns + column)[None, :] * pixels), acc, mask=mask)
     else:
         tl.store(partial + (p[:, None] * all_columns + (group * columns + column)[None, :]), acc, mask=mask)
+
+
+@triton.jit(
+    repr=kernel_name("tconv_scatter_gemm"),
+    do_not_specialize=(
+        "pixels c_src c_dst columns groups d_src h_src w_src d_dst h_dst w_dst kh kw taps strided strideh stridew "
+        "padd padh padw src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w w_s of_channel of_tap"
+    ).split(),
+)
+def scatter_gemm(
+    src, weight, bias, dst, pixels, c_src, c_dst, columns, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst,
+    kh, kw, taps, strided, strideh, stridew, padd, padh, padw,
+    src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_s, of_channel, of_tap,
+    SRC_LAYOUT: tl.constexpr, DST_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RUN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dst[n, co, i*stride - padding + tap] = bias[co] + sum over ci of src * weight, where no output has two taps and each has
+    one: kernel = stride or one pixel, without dilation.
+
+    RUN: so many neighbouring columns are taps of one channel, in channels_last all of them, otherwise those along the width.
+    WHOLE: whether no tap leaves the destination.
+    """
+    dst_n, dst_c, dst_d, dst_h, dst_w = known_strides(dst_n, dst_c, dst_d, dst_h, dst_w, DST_LAYOUT)
+    # What reads the same pixels is neighbours.
+    tiles_m = _tiles_m(pixels, d_src * h_src * w_src, PLANES, BLOCK_M)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    pid = pid // tiles_n
+    tile_m = pid % tiles_m
+    group = pid // tiles_m
+    acc, first, end = _product(
+        src, weight, tile_m, tile_n, 0, 1, group, pixels, c_src, columns, d_src, h_src, w_src,
+        src_n, src_c, src_d, src_h, src_w, w_s,
+        SRC_LAYOUT, PLANES, ALIGNED, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+    # What lies side by side in the destination becomes neighbours: a pixel's channels, or a row's pixels and their taps.
+    acc = tl.reshape(acc, (BLOCK_M, BLOCK_N // RUN, RUN))
+    if DST_LAYOUT == "channels" or DST_LAYOUT == "vectors":
+        acc = tl.reshape(tl.permute(acc, (0, 2, 1)), (BLOCK_M, BLOCK_N))
+        p = first + tl.arange(0, BLOCK_M)[:, None]
+        i = tl.arange(0, BLOCK_N)[None, :]
+        column = tile_n * BLOCK_N + i % (BLOCK_N // RUN) * RUN + i // (BLOCK_N // RUN)
+        along = 0
+    else:
+        acc = tl.reshape(tl.permute(acc, (1, 0, 2)), (BLOCK_N // RUN, BLOCK_M * RUN))
+        i = tl.arange(0, BLOCK_M * RUN)[None, :]
+        p = first + i // RUN
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // RUN)[:, None] * RUN
+        along = i % RUN
+    n, d, h = split_row(p // w_src, d_src, h_src)
+    od = d * strided - padd
+    oh = h * strideh - padh
+    ow = p % w_src * stridew - padw + along
+    co = group * c_dst + column // of_channel % c_dst
+    tap = column // of_tap % taps
+    td = tap // (kh * kw)
+    th = tap // kw % kh
+    tw = tap % kw
+    ok = (p < end) & (column < columns)
+    if not WHOLE:
+        ok &= inside(od + td, d_dst) & inside(oh + th, h_dst) & inside(ow + tw, w_dst)
+    if HAS_BIAS:
+        acc += widen(tl.load(bias + co, mask=column < columns, other=0.0), ACC)
+    out = (n * dst_n + od * dst_d + oh * dst_h + ow * dst_w) + (co * dst_c + td * dst_d + th * dst_h + tw * dst_w)
+    tl.store(dst + out, acc.to(dst.dtype.element_ty), mask=ok)
 
 
 @triton.jit
