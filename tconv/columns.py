@@ -116,7 +116,7 @@ def packed(weight: int, streamed: int, splits: int) -> float:
 
 
 # Where no output has two taps, products are the outputs.
-NARROW = 128  # columns of a layer of many pixels: one tile's, so that the input is read once
+NARROW, NARROW_IN = 128, 16  # columns of a layer of many pixels: one tile's, so that the input is read once; channels
 
 
 def scatters(geometry: Geometry, size: tuple[int, ...]) -> bool:
@@ -172,7 +172,7 @@ def of_few(
 
 
 # The gradient of the weight.
-FEW_PIXELS = 40  # fp32 sums so short have no tensor core to go to (dispatch.IEEE_PRODUCTS)
+FEW_PIXELS = 40  # fp32 sums so short have no tensor core to go to (problem.IEEE_PRODUCTS)
 # Beyond, and in 16 bits, the CUDA cores' products must be few beside what there is to write.
 FEW_FLOATS, FEW_HALVES, FEW_PRODUCTS = 64, 16, 1 << 28
 

@@ -11,10 +11,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import functional, launch
-from .dispatch import PASSES, Plan, Problem, plan, refuse, target_of
+from .dispatch import plan, refuse, target_of
 from .functional import as_int, as_tuple
 from .geometry import Geometry, check, make_geometry
 from .modules import COUNTERPARTS
+from .problem import PASSES, Plan, Problem
 
 _WORDS = {
     "half": "16-bit operands, fp32 accumulation",

@@ -117,13 +117,15 @@ def refuse(
     if not few:
         return FULL
     last = by_channels(geometry.groups, c_src, whole)
+    # Neighbouring pixels of so few channels share sectors all the same.
+    along = source == "width" or (source == "channels" and not is_weight and geometry.groups * c_src <= FEW_IN)
     phases = height.stride * width.stride if direction == "forward" else 1
     products = height.kernel * width.kernel
     many = products > MOST_PRODUCTS[direction] or (is_weight and last and products * 4 > READS)
     for bad, why in (
         (large, "the few-channel kernels have 32-bit offsets"),
         (
-            not last and (source != "width" or (is_weight and destination != "width")),
+            not last and (not along or (is_weight and destination != "width")),
             "the few-channel kernels read along the width, or channels in whole vectors",
         ),
         (last and grouped and max(c_src, c_dst) > 1, "several channels a group in channels_last"),

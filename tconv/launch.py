@@ -16,8 +16,9 @@ import torch
 
 from . import aten, columns, configs, few, long, record, shift
 from .configs import Config, cdiv, power_of_two
-from .dispatch import INTERPRET, Plan, Problem, allow_tf32, flags, plan, target_of, unsupported
+from .dispatch import INTERPRET, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
+from .problem import Plan, Problem
 from .record import Described, Record, on_device
 
 INT32 = 2**31 - 1
@@ -572,6 +573,7 @@ def gather_few(
         depth.kernel, depth.stride, depth.padding, depth.dilation, depth.gcd, depth.inverse,
         *strides5(source), *strides5(destination), w_g, w_s, w_d, tap,
         FORWARD=is_forward,
+        SRC_WIDTH=layout(source) == "width",
         DST_WIDTH=layout(destination) == "width",
         HAS_BIAS=bias is not None,
         ACC=accumulator(source.dtype),

@@ -13,6 +13,7 @@ import tconv
 from tconv import columns, dispatch
 from tconv.configs import Target
 from tconv.geometry import Geometry
+from tconv.problem import Problem
 
 HOPPER = Target("cuda", 90, 132)
 
@@ -154,7 +155,7 @@ WEIGHTS = [
 def planned(args, dtype=torch.float32, tf32=True, target=HOPPER, **options):
     batch, c_in, c_out, size, geometry = layer(*args, **options)
     source = options.pop("source", "width")
-    return dispatch.plan(dispatch.Problem("forward", geometry, batch, c_in, c_out, size, dtype, tf32, source), target)
+    return dispatch.plan(Problem("forward", geometry, batch, c_in, c_out, size, dtype, tf32, source), target)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
@@ -258,7 +259,7 @@ def test_scattered_products(seed, precision, device, always, monkeypatch):
 def test_which_products_are_scattered(args, options, last, dtype, taken):
     batch, c_in, c_out, size, geometry = layer(*args, **options)
     source = "vectors" if last else "width"
-    problem = dispatch.Problem("forward", geometry, batch, c_in, c_out, size, dtype, True, source, source)
+    problem = Problem("forward", geometry, batch, c_in, c_out, size, dtype, True, source, source)
     plan = dispatch.plan(problem, HOPPER)
     assert isinstance(plan.config, columns.Scatter) == taken, plan
     assert not taken or "scattered" in plan.config.describe()
@@ -406,7 +407,7 @@ def test_nan_and_inf_in_gradients_of_weights(where, value, device, always_weight
 )
 def test_which_gradients_of_weights(args, options, dtype, taken):
     batch, c_in, c_out, size, geometry = layer(*args, **options)
-    problem = dispatch.Problem("backward_weight", geometry, batch, c_in, c_out, size, dtype, True, "width")
+    problem = Problem("backward_weight", geometry, batch, c_in, c_out, size, dtype, True, "width")
     plan = dispatch.plan(problem, HOPPER)
     assert isinstance(plan.config, columns.WeightColumns) == taken, plan
     assert not taken or "columns" in plan.config.describe()

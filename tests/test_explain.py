@@ -11,7 +11,7 @@ from torch import nn
 
 import tconv
 from tconv import ops
-from tconv.dispatch import PASSES
+from tconv.problem import PASSES
 
 KERNELS = {"few", "gemm", "direct"}
 

@@ -13,6 +13,7 @@ import tconv
 from tconv import dispatch, few, launch
 from tconv.configs import Target
 from tconv.geometry import Geometry
+from tconv.problem import PASSES
 
 HOPPER = Target("cuda", 90, 132)
 
@@ -32,7 +33,7 @@ def drawn(seed, last):
     draw = random.Random(seed)
     ndim = draw.choice((2, 2, 3)) if last else draw.choice((1, 2, 2, 3))
     if last:  # channels side by side: depthwise, or few source channels
-        c_in, c_out, groups = draw.choice(((1, 1, 16), (1, 1, 48), (3, 16, 1), (1, 32, 1)))
+        c_in, c_out, groups = draw.choice(((1, 1, 16), (1, 1, 48), (3, 16, 1), (1, 32, 1), (2, 3, 1)))
     elif draw.random() < 0.5:
         c_in, c_out, groups = draw.choice(((1, 8, 1), (4, 12, 1), (8, 1, 1), (3, 3, 1), (20, 5, 1)))
     else:
@@ -77,7 +78,7 @@ def test_random_layers(seed, last, device, ieee, monkeypatch):
     tensors = [None if t is None else t.to(device, dtype) for t in tensors]
     actual = passes(TCONV[tensors[0].ndim - 2], *tensors, **options)
     told = [each.plan for each in tconv.explain(*tensors[:3], **options).passes]
-    for name, plan, ours, exact in zip(dispatch.PASSES, told, actual, expected, strict=False):
+    for name, plan, ours, exact in zip(PASSES, told, actual, expected, strict=False):
         if plan.family == "few" or device == "cpu":
             assert errors(ours.cpu(), exact)[1] < (1e-13 if device == "cpu" else 3e-7), name
     assert "few" in [plan.family for plan in told]
@@ -149,7 +150,7 @@ def test_tiles():
 
 
 @pytest.mark.parametrize("half", (True, False))
-@pytest.mark.parametrize("direction", dispatch.PASSES)
+@pytest.mark.parametrize("direction", PASSES)
 def test_tiles_in_channels_last(direction, half):
     """Vectors of 8 or 16 bytes a thread, and a place in registers for each sum."""
     for args, options in (
@@ -189,6 +190,9 @@ def test_too_few_pixels_are_left():
         (64, 3, "tf32", dict(large=True), "the few-channel kernels have 32-bit offsets"),
         (64, 3, "tf32", dict(source="vectors"), STRIDES),
         (3, 32, "half", dict(source="channels", whole=(False, True)), ""),
+        (2, 2, "tf32", dict(source="channels", destination="channels"), ""),
+        (2, 2, "tf32", dict(source="channels", direction="backward_input"), ""),
+        (5, 2, "tf32", dict(source="channels", destination="channels"), STRIDES),
         (1, 1, "", dict(groups=16, source="channels", whole=(True, True)), ""),
         (1, 1, "", dict(groups=16, source="channels", whole=(True, False)), STRIDES),
         (2, 2, "", dict(groups=16, source="channels", whole=(True, True)), "several channels a group in channels_last"),
@@ -220,6 +224,7 @@ def test_which(c_in, c_out, how, options, why):
         ((3, 16, 3, (16, 32, 32), 16), dict(stride=2, padding=1)),
         ((32, 64, 3, (64, 96), 4), dict(stride=(2, 3), padding=1, groups=4)),
         ((64, 3, 3, (200, 200), 4), dict(dilation=2)),
+        ((2, 2, 4, (48, 64), 8), dict(stride=2, padding=1)),
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -245,6 +250,6 @@ def test_on_a_gpu(args, options, dtype, last, ieee):
     exact = passes(aten, x.double(), w.double(), b.double(), grad.double(), **options)
     peer = passes(aten, x, w, b, grad, **options)
     actual, again = (passes(ours, x, w, b, grad, **options) for _ in range(2))
-    for name, family, *each in zip(dispatch.PASSES, families, actual, exact, peer, again, strict=False):
+    for name, family, *each in zip(PASSES, families, actual, exact, peer, again, strict=False):
         assert_no_worse(*each[:3], f"{name}, {family}")
         assert torch.equal(each[0], each[3]), name

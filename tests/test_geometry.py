@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tconv.configs import Target, is_valid
-from tconv.dispatch import PASSES, Problem, plan
+from tconv.dispatch import plan
 from tconv.functional import as_tuple
 from tconv.geometry import Axis
+from tconv.problem import PASSES, Problem
 from tconv.workloads import SUITES, layers
 
 AXES = [

@@ -9,10 +9,11 @@ from oracle import ATEN, errors, passes
 from test_passes import CASES, TCONV, Case, by_id, make
 
 import tconv
-from tconv import aten, dispatch, launch, record
+from tconv import aten, dispatch, families, launch, problem, record
 from tconv.bench import worker
 from tconv.configs import Target
 from tconv.geometry import Geometry
+from tconv.problem import PASSES, Problem
 
 HOPPER = Target("cuda", 90, 132)
 GRADIENTS = {"backward_input", "backward_weight"}
@@ -27,7 +28,7 @@ def plans(case, dtype, target, tf32, monkeypatch, last=False):
     input, weight, _, grad = make(case, dtype, "cpu", last)
     geometry = tconv.explain(input, weight, **case.layer).geometry
     found = {}
-    for name in dispatch.PASSES:
+    for name in PASSES:
         source, destination = (grad, input) if name == "backward_input" else (input, grad)
         monkeypatch.setattr(launch, "allow_tf32", lambda: tf32)
         problem = launch.make_problem(name, geometry, input.shape, grad.shape[1], source, destination)
@@ -94,7 +95,7 @@ def test_forward_in_channels_last(case, dtype, left, monkeypatch):
 def test_products_of_contiguous_matrices(change, left):
     geometry = Geometry((1, 1), (1, 1), (0, 0), (0, 0), 1, (1, 1))
     facts = dict(geometry=geometry, batch=4, c_in=128, c_out=256, input_size=(180, 180), dtype=torch.float16, tf32=True)
-    plan = dispatch.plan(dispatch.Problem("forward", **(facts | dict(source="width") | change)), HOPPER)
+    plan = dispatch.plan(Problem("forward", **(facts | dict(source="width") | change)), HOPPER)
     assert (plan.family == "aten") == left, plan
 
 
@@ -171,8 +172,8 @@ COPIED = [
 def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
     """Gradients of contiguous tensors by way of channels_last copies, and in parts of the batch; at a second call, too."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    monkeypatch.setattr(dispatch, "LEFT_PRODUCTS", 16)
-    monkeypatch.setattr(dispatch, "TF32_GROUP_CHANNELS", 8)
+    monkeypatch.setattr(families, "LEFT_PRODUCTS", 16)
+    monkeypatch.setattr(problem, "TF32_GROUP_CHANNELS", 8)
     dispatch.plan.cache_clear()
     record.forget()
     half = dtype is torch.bfloat16

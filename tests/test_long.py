@@ -12,6 +12,7 @@ import tconv
 from tconv import dispatch, long
 from tconv.configs import Target
 from tconv.geometry import Geometry
+from tconv.problem import PASSES, Problem
 
 HOPPER = Target("cuda", 90, 132)
 
@@ -109,10 +110,10 @@ def test_nan_and_inf(kernel, where, value, device, ieee):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_which_layers(args, options, last, taken, dtype):
     batch, c_in, c_out, size, geometry = layer(*args, **options)
-    taken = dispatch.PASSES if taken == "all" else taken.split()
+    taken = PASSES if taken == "all" else taken.split()
     layout = "channels" if last else "width"
-    for direction in dispatch.PASSES:
-        problem = dispatch.Problem(direction, geometry, batch, c_in, c_out, size, dtype, True, layout, layout)
+    for direction in PASSES:
+        problem = Problem(direction, geometry, batch, c_in, c_out, size, dtype, True, layout, layout)
         plan = dispatch.plan(problem, HOPPER)
         assert (plan.family == "long") == (direction in taken), plan
         if plan.family == "long":
@@ -123,7 +124,7 @@ def test_parts_of_sums():
     """None is empty, and together they fit into the workspace."""
     for batch, size, groups, channels in ((1, (1, 1), 1, 21), (4, (32, 32), 21, 1), (64, (64, 64), 3, 4)):
         geometry = Geometry((64, 64), (32, 32), (16, 16), (0, 0), groups, (1, 1))
-        for direction in dispatch.PASSES[1:]:
+        for direction in PASSES[1:]:
             tile, splits = long.choose(direction, geometry, batch, channels, channels, size, HOPPER)
             if direction == "backward_input":
                 steps, elements = channels * 64 // tile.taps_h, batch * size[0] * size[1]

@@ -14,8 +14,8 @@ from test_shift import GEOMETRIES
 import tconv.kernels.shift as kernels
 from tconv import launch, shift
 from tconv.configs import Target
-from tconv.dispatch import Plan
 from tconv.geometry import sizes3
+from tconv.problem import Plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for that")
 

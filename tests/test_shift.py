@@ -11,8 +11,9 @@ from oracle import ATEN, assert_no_worse, round_tf32
 import tconv
 from tconv import dispatch, launch, shift
 from tconv.configs import Target
-from tconv.dispatch import Problem, plan
+from tconv.dispatch import plan
 from tconv.geometry import Geometry, sizes3
+from tconv.problem import Problem
 from tconv.record import Record
 from tconv.workloads import SUITES, layers
 
@@ -376,7 +377,7 @@ class Case:
     def is_taken(self, precision):
         """Whether the shift kernel has its precision."""
         _, height, width = self.geometry.axes3
-        how = dispatch.precision(self.problem(precision), TARGET)
+        how = precision(self.problem(precision), TARGET)
         if self.geometry.stride[-1] > 16 and how == "tf32x3":  # no registers for a tap's sum
             return False
         return how != "ieee" and (how != "tf32x3" or height.kernel * width.kernel <= shift.MOST_IEEE_TAPS)

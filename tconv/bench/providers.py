@@ -25,6 +25,7 @@ from torch import nn
 
 from .. import dispatch
 from ..explain import Explanation, explain
+from ..problem import PASSES
 from ..workloads import Layer
 from . import check
 
@@ -134,7 +135,7 @@ def families(name: str, work: Work) -> str:
     with dispatch.without(*(("shift", "aten") if name == "tconv-portable" else ())):
         told = explain(work.input, work.weight, work.bias, **work.layer.options)
     assert isinstance(told, Explanation)
-    asked = dispatch.PASSES if work.pass_name == "training" else (work.pass_name,)
+    asked = PASSES if work.pass_name == "training" else (work.pass_name,)
     return ",".join(p.plan.family for p in told.passes if p.name in asked)
 
 

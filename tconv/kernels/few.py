@@ -117,14 +117,14 @@ def gather_few(
     src, weight, bias, dst,
     batch, c_src, c_dst, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst, kd, strided, padd, dild, gcdd, invd,
     src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_g, w_s, w_d, w_tap,
-    FORWARD: tl.constexpr, DST_WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
+    FORWARD: tl.constexpr, SRC_WIDTH: tl.constexpr, DST_WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
     """dst[n, co, q*phases + a] = bias[co] + sum over taps of phase a and over ci of src * weight.
 
     c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d, w_tap:
     the weight's strides along group, source channel, depth, and for t.weight to multiply.
     """
-    SRC_LAYOUT: tl.constexpr = "width" if t.lanes == 1 else "vectors" if t.own else "strided"
+    SRC_LAYOUT: tl.constexpr = "width" if SRC_WIDTH and t.lanes == 1 else "vectors" if t.own else "strided"
     DST_LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width" if DST_WIDTH else "strided"
     # Not the channels': a channel of a thread's own is the first of one, and to say so made longer code.
     src_n, _, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)

@@ -1,0 +1,322 @@
+"""The kernel families: whether each takes a pass, with which configuration, and why or why not.
+
+FAMILIES has them in the order in which `dispatch.plan` asks; the last takes what is left.  Each returns a Plan, or the reason
+why it does not take the pass, empty where that needs no mention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from . import columns, configs, few, long, shift
+from .configs import Target, cdiv
+from .problem import HALF, TF32_PRODUCTS, Plan, Problem
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a family is asked: a problem on a target, and what those before it have said."""
+
+    problem: Problem
+    target: Target
+    how: str  # the PRECISION of kernels.common.matmul, for kernels that leave it open
+    why: str  # the layer's channels, and why other families do not take it
+
+    def without(self, family: str) -> bool:
+        return family in self.target.without
+
+
+# What is left to aten, and why: the time of the kernels that every GPU runs over cuDNN's.  Gradients: on an H100 and an H200,
+# geometric means over core; in IEEE fp32 they are level, but for depthwise grad_input; so are depthwise weights'.  Forward:
+# groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
+# and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32); and products
+# of contiguous matrices: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
+# to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32).
+LEFT = {
+    "groups": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
+    "product": "cuDNN measured up to 1.6 times faster with a kernel of 1 on contiguous tensors on an H200",
+    "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
+    "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
+}
+# cuDNN's deterministic TF32 weight gradients may add all their products in one chain, in which the tensor core truncates: with
+# 262,144 of them (L2/77) the error was 6.8e-4 in root mean square, with 524,288 (L2/78) 1.2e-3, where rounded operands and an
+# exact sum have 3e-4.  So they get parts of the batch of about so many products, and the parts are added in fp32; what has a
+# batch of few large images keeps long chains.  Not in 16 bits: each part would be rounded, which costs what the chain costs.
+LEFT_PRODUCTS, MOST_LEFT_PARTS = 1 << 16, 16
+
+
+def _may_leave(asked: Asked) -> bool:
+    return asked.target.backend == "cuda" and not asked.without("aten") and not asked.problem.large
+
+
+def left_product(asked: Asked) -> Plan | str:
+    """Forward passes that multiply two matrices as they lie are left to aten."""
+    p, g = asked.problem, asked.problem.geometry
+    if not _may_leave(asked) or p.direction != "forward" or g.groups > 1:
+        return ""
+    if g.taps > 1 or max(g.stride) > 1 or any(g.padding) or p.source != "width" or p.destination != "width":
+        return ""
+    left = min(p.channels) >= shift.WIDE and (p.dtype in HALF or asked.how == "tf32")
+    return Plan("aten", LEFT["product"]) if left else ""
+
+
+def left_groups(asked: Asked) -> Plan | str:
+    """Forward passes of groups that cuDNN is faster with are left to aten."""
+    p = asked.problem
+    if not _may_leave(asked) or p.direction != "forward" or p.geometry.groups == 1 or p.is_direct:
+        return ""
+    half = p.dtype in HALF
+    wide = min(p.channels) >= shift.WIDE and (half or asked.how == "tf32")
+    left = wide or (half and p.channels_last and p.geometry.ndim > 1)
+    return Plan("aten", LEFT["groups"]) if left else ""
+
+
+def left_gradient(asked: Asked) -> Plan | str:
+    """Gradients are left to aten where it is faster."""
+    p = asked.problem
+    if not _may_leave(asked) or p.direction == "forward":
+        return ""
+    half, piece = p.dtype in HALF, 16 // p.dtype.itemsize
+    vectors = p.c_in % piece == p.c_out % piece == 0
+    arranged = p.source == p.destination == "width" and p.dense and vectors and not p.is_direct
+    if p.direction == "backward_input":
+        # With TF32 allowed cuDNN decides where to use it, as it does for torch; but its choice for torch is fp32 for long sums.
+        if not (half or p.is_direct or (p.tf32 and p.products <= TF32_PRODUCTS)):
+            return ""
+        # At TF32 a copy pays where the gradient of the weight shares it, and costs little by itself where there are strides.
+        arranged = arranged and (half or (asked.how == "tf32" and max(p.geometry.stride) > 1))
+        return Plan("aten", LEFT[p.direction], arranged=arranged and prod(p.input_size) % piece == 0)
+    # cuDNN's deterministic algorithms truncate some layers' operands to TF32: they get rounded ones, and no layer
+    # that is to have better than TF32.
+    if p.is_direct or not (half or (asked.how == "tf32" and p.dense)):
+        return ""
+    parts = 1 if half else _batch_parts(p)
+    return Plan("aten", LEFT[p.direction], "" if half else "tf32", splits=parts, arranged=arranged)
+
+
+def _batch_parts(problem: Problem) -> int:
+    """In how many parts of the batch aten sums a weight's gradient at TF32."""
+    most = min(problem.batch, MOST_LEFT_PARTS)
+    least = min(most, cdiv(problem.pixels, LEFT_PRODUCTS))
+    return next((n for n in range(least, most + 1) if problem.batch % n == 0), least)
+
+
+def few_outputs(asked: Asked) -> Plan | str:
+    """The column kernels, for a forward pass of few output channels."""
+    p, geometry = asked.problem, asked.problem.geometry
+    if p.direction != "forward" or geometry.groups > 1 or asked.without("columns"):
+        return ""
+    sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
+    tile = columns.of_few(*sizes, asked.how, p.large, p.weight, asked.target)
+    return Plan("columns", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
+
+
+def few_channels(asked: Asked) -> Plan | str:
+    """The few-channel kernels."""
+    return _few(asked, portable=False)
+
+
+def few_beside_portable(asked: Asked) -> Plan | str:
+    """The few-channel kernels, where the portable ones are what is left of a forward pass."""
+    p = asked.problem
+    found = _few(asked, portable=True) if p.direction == "forward" and not p.is_direct else ""
+    return found if isinstance(found, Plan) else ""
+
+
+def _few(asked: Asked, portable: bool) -> Plan | str:
+    p, g = asked.problem, asked.problem.geometry.groups
+    if asked.without("few"):
+        return "" if portable else "the few-channel kernels are left out"
+    c_src, c_dst = reversed(p.channels) if p.direction == "backward_input" else p.channels
+    refused = few.refuse(
+        p.direction, p.geometry, c_src, c_dst, p.large, asked.how, p.source, p.destination, p.whole, portable
+    )  # fmt: skip
+    if refused:
+        return "" if refused == few.FULL else refused
+    last, half = few.by_channels(g, c_src, p.whole), p.dtype in HALF
+    tile = few.choose(
+        p.direction, p.geometry, p.batch, c_src, c_dst, p.input_size, half, last, asked.target, portable
+    )  # fmt: skip
+    if not tile:
+        return "too few pixels for the few-channel kernels"
+    why = f"{asked.why}{';' if portable else ':'} too few for the tensor core"
+    if p.direction != "backward_weight":
+        return Plan("few", why, "", tile)
+    pairs = p.c_in * p.c_out // g
+    tiles = few.tiles(tile, p.geometry, p.batch, p.input_size, False)
+    programs = p.geometry.axes3[0].kernel * pairs // tile.lanes
+    return Plan(
+        "few", why, "", tile, *configs.splits(tiles, programs, p.geometry.taps * pairs, tile.pixels, asked.target)
+    )
+
+
+def writing_weight(asked: Asked) -> Plan | str:
+    """The column kernels, for a weight's gradient that is mostly writing."""
+    p = asked.problem
+    if p.direction != "backward_weight" or p.is_direct or asked.without("columns"):
+        return ""
+    c_in, c_out = p.channels
+    activations = p.pixels * p.c_in + p.batch * p.c_out * prod(p.geometry.output_size(p.input_size))
+    width = c_out * p.geometry.taps
+    tile = columns.of_weight(p.geometry.groups, c_in, width, p.pixels, activations, p.dtype.itemsize, p.large)
+    return Plan("columns", f"{asked.why}: writing the weight takes the time", "", tile) if tile else ""
+
+
+def reading_weight(asked: Asked) -> Plan | str:
+    """The column kernels, for a forward pass that is mostly reading the weight."""
+    p, g = asked.problem, asked.problem.geometry.groups
+    if p.direction != "forward" or p.is_direct:
+        return ""
+    if asked.without("columns"):
+        return "the column kernels are left out"
+    c_in, c_out = p.channels
+    sizes = g, c_in, c_out * p.geometry.taps, p.pixels, p.dtype.itemsize
+    if refused := columns.refuse(*sizes, p.large, p.weight):
+        return refused
+    tile: columns.Columns | columns.Scatter
+    tile, splits, time = columns.choose(*sizes, asked.target)
+    if columns.scatters(p.geometry, p.input_size):
+        at_once = columns.scatter(sizes[2], c_in, p.dtype.itemsize, asked.target)
+        if (estimate := columns.scattered(at_once, *sizes, asked.target)) <= time:
+            tile, splits, time = at_once, 1, estimate
+    other, parts = _gather_gemm(asked)
+    steps = cdiv(p.most_taps * cdiv(c_in, other.block_k), parts)
+    streamed = steps * (other.block_m + other.block_n) * other.block_k * p.dtype.itemsize
+    weight = p.c_in * c_out * p.geometry.taps * p.dtype.itemsize
+    if time > columns.LESS * columns.packed(weight, streamed, parts):
+        return "the columns would be more to move than a packed weight"
+    return Plan("columns", f"{asked.why}: reading the weight takes the time", asked.how, tile, splits)
+
+
+HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def shifted(asked: Asked) -> Plan | str:
+    """The shift kernel."""
+    p, target, g = asked.problem, asked.target, asked.problem.geometry.groups
+    if p.direction != "forward" or p.is_direct:
+        return ""
+    if asked.without("shift"):
+        return "the shift kernel is left out"
+    if refused := shift.refuse(p.geometry, *p.channels, p.large, asked.how, p.source, p.destination, target):
+        return refused
+    dense = p.dense and (g == 1 or p.batch == 1)  # as a group's part of the tensors is
+    chosen = shift.choose(
+        p.geometry, p.batch, *p.channels, p.input_size, HALVES.get(p.dtype, asked.how), p.source, p.destination, p.vector,
+        dense, target.triton >= shift.ROUNDING_TRITON, target.processors,
+    )  # fmt: skip
+    if not chosen or (chosen[2] > 1 and g > 1 and p.batch > 1):  # a group's part of the output is not dense then
+        return "none of the shift kernel's tiles fits or fills the GPU"
+    tile, arranged, splits = chosen
+    return Plan("shift", asked.why, asked.how, tile, splits, arranged=arranged)
+
+
+def long_strides(asked: Asked) -> Plan | str:
+    """The long-stride kernels."""
+    p = asked.problem
+    width = (p.source if p.direction == "backward_input" else p.destination) == "width"
+    if asked.without("long") or not long.takes(p.direction, p.geometry, *p.channels, p.is_direct, p.large, width):
+        return ""
+    tile, splits = long.choose(p.direction, p.geometry, p.batch, *p.channels, p.input_size, asked.target)
+    neighbours = "phases" if p.direction == "forward" else "taps"
+    return Plan("long", f"{asked.why}: with such strides {neighbours} lie side by side", "", tile, splits)
+
+
+def narrow(asked: Asked) -> Plan | str:
+    """The column kernels, for a forward pass of which each output has one tap and all taps fit into one tile."""
+    p, width = asked.problem, asked.problem.c_out * asked.problem.geometry.taps
+    if (
+        p.direction != "forward"
+        or p.geometry.groups > 1
+        or p.large
+        or p.weight == "strided"
+        or asked.without("columns")
+    ):
+        return ""
+    if p.c_in < columns.NARROW_IN or width > columns.NARROW or not columns.scatters(p.geometry, p.input_size):
+        return ""
+    tile = columns.scatter(width, p.c_in, p.dtype.itemsize, asked.target)
+    return Plan("columns", f"{asked.why}; each output has one tap", asked.how, tile)
+
+
+def direct(asked: Asked) -> Plan | str:
+    """The direct kernels, for what would leave a tensor core's tile mostly padding."""
+    p, geometry, target = asked.problem, asked.problem.geometry, asked.target
+    if not p.is_direct:
+        return ""
+    c_in, c_out = p.channels
+    why = f"{asked.why}; they would fill {max(c_in, c_out)}/16 of a tensor-core tile"
+    if p.direction != "backward_weight":
+        rows, width, _, _ = _gathered(p)
+        channels = p.c_out if p.direction == "forward" else p.c_in
+        return Plan("direct", why, "", configs.direct(rows, width, channels, p.channels_last, target))
+    rows, width = p.batch * prod(p.input_size[:-1]), p.input_size[-1]
+    config = configs.direct(rows, width, p.c_in * c_out, p.channels_last, target)
+    programs = geometry.taps * cdiv(p.c_in * c_out, config.block_n)
+    return Plan("direct", why, "", config, *_pixel_splits(p, config.block_m, config.box_w, programs, target))
+
+
+def portable(asked: Asked) -> Plan | str:
+    """The kernels that take everything, on every GPU."""
+    p, target = asked.problem, asked.target
+    if p.direction != "backward_weight":
+        return Plan("gemm", asked.why, asked.how, *_gather_gemm(asked))
+    c_in, c_out = p.channels
+    rows, width = p.batch * prod(p.input_size[:-1]), p.input_size[-1]
+    config = configs.weight_gemm(
+        rows, width, c_in, c_out, p.dtype.itemsize, asked.how, p.source == "vectors", target
+    )  # fmt: skip
+    programs = p.geometry.taps * p.geometry.groups * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
+    return Plan("gemm", asked.why, asked.how, config, *_pixel_splits(p, config.block_k, config.box_w, programs, target))
+
+
+def _pixel_splits(p: Problem, pixels: int, box: int, programs: int, target: Target) -> tuple[int, int]:
+    """(splits, tiles a split) of backward_weight's sums over tiles of so many pixels in rows of box."""
+    rows, width = p.batch * prod(p.input_size[:-1]), p.input_size[-1]
+    tiles = cdiv(rows, pixels // box) * cdiv(width, box)
+    return configs.splits(tiles, programs, p.geometry.taps * p.c_in * p.channels[1], pixels, target)
+
+
+def _gathered(p: Problem) -> tuple[int, int, int, int]:
+    """(rows, their width, phases, outputs a channel) of what the forward pass or backward_input writes, a phase at a time."""
+    size, stride = p.input_size, p.geometry.stride
+    if p.direction != "forward":
+        return p.batch * prod(size[:-1]), size[-1], 1, prod(size)
+    output = p.geometry.output_size(size)
+    *rows, width = (cdiv(o, s) for o, s in zip(output, stride))
+    return p.batch * prod(rows), width, prod(min(o, s) for o, s in zip(output, stride)), prod(output)
+
+
+def _gather_gemm(asked: Asked) -> tuple[configs.Config, int]:
+    """(tile, splits) of the portable forward pass or backward_input."""
+    p, g = asked.problem, asked.problem.geometry.groups
+    rows, width, phases, outputs = _gathered(p)
+    forward = p.direction == "forward"
+    taps, (c_src, c_dst) = (p.most_taps, p.channels) if forward else (p.geometry.taps, p.channels[::-1])
+    config = configs.gather_gemm(
+        rows, width, phases * g, c_src, c_dst, p.dtype.itemsize, asked.how, p.source == "vectors", p.large, asked.target
+    )  # fmt: skip
+    tiles = cdiv(rows, config.block_m // config.box_w) * cdiv(width, config.box_w)
+    programs, steps = tiles * phases * g * cdiv(c_dst, config.block_n), taps * cdiv(c_src, config.block_k)
+    return config, configs.gather_splits(programs, steps, p.batch * c_dst * g * outputs, asked.target)
+
+
+FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
+    left_product,
+    few_outputs,
+    few_channels,
+    writing_weight,
+    reading_weight,
+    shifted,
+    long_strides,
+    left_groups,
+    left_gradient,
+    narrow,
+    few_beside_portable,
+    direct,
+    portable,
+)
