@@ -377,7 +377,7 @@ class Case:
     def is_taken(self, precision):
         """Whether the shift kernel has its precision."""
         _, height, width = self.geometry.axes3
-        how = precision(self.problem(precision), TARGET)
+        how = precision_of(self.problem(precision), TARGET)
         if self.geometry.stride[-1] > 16 and how == "tf32x3":  # no registers for a tap's sum
             return False
         return how != "ieee" and (how != "tf32x3" or height.kernel * width.kernel <= shift.MOST_IEEE_TAPS)
