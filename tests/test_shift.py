@@ -14,6 +14,7 @@ from tconv.configs import Target
 from tconv.dispatch import plan
 from tconv.geometry import Geometry, sizes3
 from tconv.problem import Problem
+from tconv.problem import precision as precision_of
 from tconv.record import Record
 from tconv.workloads import SUITES, layers
 
