@@ -1,5 +1,5 @@
 """The column kernels' tiles (kernels/columns.py), and which problems they take: those that are mostly reading the weight, or
-writing its gradient, and the forward pass of few output channels.
+writing its gradient, and forward passes of few output channels, or of narrow layers each of whose outputs has one tap.
 
 Pure integers, from a layer's sizes; neither torch nor Triton.  The times are estimates for an H100, two to four times below
 what was measured (docs/kernels.md), as are those that they are compared with.
@@ -90,7 +90,7 @@ def choose(
     """(the tile, into how many parts the sums over input channels are cut, nanoseconds by the estimate)."""
     pixels_most = 64 if element_size == 2 else 32  # wgmma would take 64 fp32 ones, and a weight that threads transpose
     block_m, block_n = power_of_two(pixels, 16, pixels_most), power_of_two(columns, 16, 128)
-    block_k = power_of_two(c_in, 16, 64 if element_size == 2 else 32)
+    block_k, stages = _depth(c_in, element_size, target)
     stage = (block_m + block_n) * block_k * element_size
     weight = groups * c_in * columns * element_size
     steps, whole = cdiv(c_in, block_k), groups * cdiv(columns, block_n) * cdiv(pixels, block_m)
@@ -104,9 +104,13 @@ def choose(
     fits = [n for n in SPLITS if n == 1 or (n <= steps and n * groups * columns * pixels <= WORKSPACE_ELEMENTS)]
     splits = min(fits, key=cost)
     outputs = 4096 if target.backend == "interpreter" else 256  # the interpreter pays by the program
-    # Four stages are within what a block has of shared memory on sm_86 and sm_89, two within AMD's.
-    stages = 2 if target.backend == "hip" else 4
     return Columns(block_n, block_m, block_k, outputs, 4, stages), splits, cost(splits)
+
+
+def _depth(c_in: int, element_size: int, target: Target) -> tuple[int, int]:
+    """(input channels of a step, stages): four stages are within what a block has of shared memory on sm_86 and sm_89, two
+    within AMD's."""
+    return power_of_two(c_in, 16, 64 if element_size == 2 else 32), 2 if target.backend == "hip" else 4
 
 
 def packed(weight: int, streamed: int, splits: int) -> float:
@@ -129,8 +133,8 @@ def scatters(geometry: Geometry, size: tuple[int, ...]) -> bool:
 def scatter(columns: int, c_in: int, element_size: int, target: Target) -> Scatter:
     """The tile.  A thread has at most 16 outputs, since each has its own address: with 64, of 64 pixels, 0.6 to 1.5 KB of
     spills."""
-    block_n, block_k = power_of_two(columns, 16, 128), power_of_two(c_in, 16, 64 if element_size == 2 else 32)
-    stages = 2 if target.backend == "hip" else 4
+    block_n = power_of_two(columns, 16, 128)
+    block_k, stages = _depth(c_in, element_size, target)
     return Scatter(block_n, 32, block_k, 8 if block_n == 128 else 4, stages)
 
 
@@ -166,12 +170,13 @@ def of_few(
         return None
     if 2 * 4 * columns > FEW_BYTES * c_in * element_size:
         return None
-    is_half = element_size == 2
-    tile = power_of_two(columns, 16, FEW_COLUMNS), 64 if is_half else 32, power_of_two(c_in, 16, 64 if is_half else 32)
-    return Columns(*tile, 512, 4, 2 if target.backend == "hip" else 4)
+    block_k, stages = _depth(c_in, element_size, target)
+    pixels_most = 64 if element_size == 2 else 32
+    return Columns(power_of_two(columns, 16, FEW_COLUMNS), pixels_most, block_k, 512, 4, stages)
 
 
 # The gradient of the weight.
+UNROLL = 4  # pixels whose loads are on their way together
 FEW_PIXELS = 40  # fp32 sums so short have no tensor core to go to (problem.IEEE_PRODUCTS)
 # Beyond, and in 16 bits, the CUDA cores' products must be few beside what there is to write.
 FEW_FLOATS, FEW_HALVES, FEW_PRODUCTS = 64, 16, 1 << 28
@@ -183,6 +188,7 @@ class WeightColumns:
 
     columns: int
     channels: int
+    blocks: bool = False  # whether sums are long enough to be added up in float64, a block of pixels at a time
 
     def describe(self) -> str:
         return f"{self.channels} input channels x {self.columns} columns"

@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from . import columns, configs, few, long, shift
+from . import columns, configs, few, long, patches, shift
 from .configs import Target, cdiv
 from .problem import HALF, TF32_PRODUCTS, Plan, Problem
 
@@ -58,7 +58,7 @@ def left_product(asked: Asked) -> Plan | str:
     p, g = asked.problem, asked.problem.geometry
     if not _may_leave(asked) or p.direction != "forward" or g.groups > 1:
         return ""
-    if g.taps > 1 or max(g.stride) > 1 or any(g.padding) or p.source != "width" or p.destination != "width":
+    if g.taps > 1 or max(g.stride) > 1 or any(g.padding) or not (p.source == p.destination == "width" and p.dense):
         return ""
     left = min(p.channels) >= shift.WIDE and (p.dtype in HALF or asked.how == "tf32")
     return Plan("aten", LEFT["product"]) if left else ""
@@ -111,7 +111,10 @@ def few_outputs(asked: Asked) -> Plan | str:
     if p.direction != "forward" or geometry.groups > 1 or asked.without("columns"):
         return ""
     sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
+    tile: columns.Columns | columns.Scatter | None
     tile = columns.of_few(*sizes, asked.how, p.large, p.weight, asked.target)
+    if tile and columns.scatters(geometry, p.input_size):
+        tile = columns.scatter(p.c_out * geometry.taps, p.c_in, p.dtype.itemsize, asked.target)
     return Plan("columns", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
 
 
@@ -219,11 +222,29 @@ def long_strides(asked: Asked) -> Plan | str:
     """The long-stride kernels."""
     p = asked.problem
     width = (p.source if p.direction == "backward_input" else p.destination) == "width"
-    if asked.without("long") or not long.takes(p.direction, p.geometry, *p.channels, p.is_direct, p.large, width):
+    if asked.without("long") or p.large:
+        return ""
+    if not long.takes(p.direction, p.geometry, p.channels, p.pixels, p.is_direct, p.dtype in HALF, width):
         return ""
     tile, splits = long.choose(p.direction, p.geometry, p.batch, *p.channels, p.input_size, asked.target)
     neighbours = "phases" if p.direction == "forward" else "taps"
-    return Plan("long", f"{asked.why}: with such strides {neighbours} lie side by side", "", tile, splits)
+    return Plan("long", f"{asked.why}; with such strides {neighbours} lie side by side", "", tile, splits)
+
+
+def few_outputs_gradient(asked: Asked) -> Plan | str:
+    """The patch kernels, for gradients of layers of few output channels."""
+    p, taps, size = asked.problem, asked.problem.geometry.taps, asked.problem.dtype.itemsize
+    if p.direction == "forward" or p.geometry.groups > 1 or asked.without("patches"):
+        return ""
+    row, width = p.input_size[-1], p.c_out * taps
+    if not patches.takes(p.c_in, p.c_out, taps, row, p.pixels, asked.how, p.large, asked.target):
+        return ""
+    why = f"{asked.why}; so few that all taps are one product"
+    if p.direction == "backward_input":
+        return Plan("patches", why, asked.how, patches.of_input(p.c_in, width, row))
+    return Plan(
+        "patches", why, asked.how, *patches.of_weight(p.c_in, width, p.pixels // row, row, size, asked.target)
+    )  # fmt: skip
 
 
 def narrow(asked: Asked) -> Plan | str:
@@ -306,13 +327,14 @@ def _gather_gemm(asked: Asked) -> tuple[configs.Config, int]:
 
 
 FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
-    left_product,
     few_outputs,
     few_channels,
     writing_weight,
     reading_weight,
+    left_product,
     shifted,
     long_strides,
+    few_outputs_gradient,
     left_groups,
     left_gradient,
     narrow,

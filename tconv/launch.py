@@ -14,7 +14,7 @@ from math import gcd, prod
 
 import torch
 
-from . import aten, columns, configs, few, long, record, shift
+from . import aten, columns, configs, few, long, patches, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import INTERPRET, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
@@ -199,6 +199,8 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
             gather_few(noted, chosen, grad_output, weight, None, grad_input, geometry, False)
         elif chosen.family == "long":
             _input_long(noted, chosen, grad_output, weight, grad_input, geometry)
+        elif chosen.family == "patches":
+            _input_patches(noted, chosen, grad_output, weight, grad_input, geometry)
         else:
             gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return noted.keep(key)
@@ -229,6 +231,9 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     with on_device(input):
         if isinstance(chosen.config, columns.WeightColumns):
             _weight_columns(noted, chosen.config, chosen.splits, input, grad_output, grad_weight, geometry)
+            return noted.keep(key)
+        if chosen.family == "patches":
+            _weight_patches(noted, chosen, input, grad_output, grad_weight, geometry)
             return noted.keep(key)
         pairs = c_in * (c_out // g)
         partials = noted.workspace((chosen.splits, geometry.taps, pairs), of_partials(input.dtype), input)
@@ -316,10 +321,68 @@ def _weight_columns(
         *((1, c_out) if last else (taps, 1)), splits, grad_weight.numel(),
         ALIGNED=width % 16 == 0,
         ACC=accumulator(input.dtype),
-        UNROLL=4,
+        BLOCKS=tile.blocks,
+        UNROLL=columns.UNROLL,
         BLOCK_M=tile.channels,
         BLOCK_N=tile.columns,
         num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        _sum_splits(noted, to, grad_weight)
+
+
+def _patch_scalars(input, grad_output, geometry: Geometry) -> tuple[int, ...]:
+    """What both patch kernels are told; 1-d and 2-d layers run as 3-d ones."""
+    channels, sizes = (input.shape[1], grad_output.shape[1]), (input.shape[2:], grad_output.shape[2:])
+    axes = sizes3(geometry.kernel)[1:], (geometry.taps,), axis_scalars(geometry, inverse=False)[3:]
+    return (
+        input.shape[0], *channels, *sizes3(sizes[0]), *sizes3(sizes[1]), *(n for each in axes for n in each),
+        *strides5(input), *strides5(grad_output),
+    )  # fmt: skip
+
+
+def _input_patches(noted: Record, chosen: Plan, grad_output, weight, grad_input, geometry: Geometry) -> None:
+    """Launch the patch kernel of backward_input."""
+    from .kernels.patches import patch_input
+
+    tile, size = chosen.config, grad_input.shape[2:]
+    assert isinstance(tile, patches.Patches)
+    tiles = grad_input.shape[0] * prod(size[:-1]) * cdiv(size[-1], tile.pixels)
+    noted.launch(
+        patch_input, tiles * cdiv(grad_input.shape[1], tile.channels),
+        grad_output, weight, grad_input, *_patch_scalars(grad_input, grad_output, geometry), *strides5(weight),
+        X_LAYOUT=layout(grad_input),
+        PRECISION=chosen.precision,
+        ACC=accumulator(grad_input.dtype),
+        BLOCK_M=tile.pixels,
+        BLOCK_N=tile.channels,
+        BLOCK_K=tile.columns,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _weight_patches(noted: Record, chosen: Plan, input, grad_output, grad_weight, geometry: Geometry) -> None:
+    """Launch the patch kernel of backward_weight, and what adds its parts."""
+    from .kernels.patches import patch_weight
+
+    tile, splits, kind = chosen.config, chosen.splits, layout(input)
+    assert isinstance(tile, patches.Patches)
+    to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
+    of_column = (1, grad_output.shape[1]) if order(grad_weight) == "channels" else (geometry.taps, 1)
+    noted.launch(
+        patch_weight, splits * cdiv(input.shape[1], tile.channels),
+        grad_output, input, to, *_patch_scalars(input, grad_output, geometry), *of_column,
+        chosen.tiles_per_split, grad_weight.numel(),
+        X_LAYOUT=kind,
+        VECTOR=vector(input, kind) if kind == "width" else 1,
+        PRECISION=chosen.precision,
+        ACC=accumulator(input.dtype),
+        BLOCK_M=tile.channels,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.pixels,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         _sum_splits(noted, to, grad_weight)
@@ -595,9 +658,10 @@ def _forward_long(noted: Record, chosen: Plan, input, weight, bias, output, geom
     noted.launch(
         gather_phases, cdiv(phases, tile.phases) * cdiv(row, tile.pixels) * input.shape[0] * prod(rows) * c_out * g,
         input, weight, output if bias is None else bias, output,
-        input.shape[0], c_in, c_out, *sizes3(input.shape[2:]), *out,
+        input.shape[0], c_out * g, c_in, c_out, *sizes3(input.shape[2:]), *out,
         *axis_scalars(geometry, inverse=False)[:9], *strides5(input), *strides5(output), c_in * w_i, w_i, w_o, *w_taps,
         HAS_BIAS=bias is not None,
+        LAST=is_channels_last(output),
         ACC=accumulator(input.dtype),
         EVEN=phases % tile.phases == 0 and all(a.kernel % a.stride == 0 for a in axes),
         UNROLL=tile.unroll,

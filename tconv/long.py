@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from .columns import WeightColumns
+from .columns import UNROLL, WeightColumns
 from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
 from .geometry import Geometry, sizes3
 
 # Along the width, from so many on: neighbouring threads that took neighbouring pixels would each touch a sector of their own.
 STRIDE = 8
-CHANNELS = 32  # of a group on either side, at most: beyond, tensor cores have enough to do
-PHASES = 64  # from so many on also layers for which tensor cores would do, were not so many of their loads apart
+# In channels_last, fewer channels than these in all: of more, neighbours are better off as channels, in the direct kernels.
+LAST_CHANNELS = 32
+# Layers for which tensor cores would do: at most so many channels on either side, from so many phases on (k64 s32 has 1024, of
+# which cuDNN takes 6 us each), and products, which the CUDA cores do in about 0.5 ms.
+CHANNELS, PHASES, PRODUCTS = 32, 256, 1 << 32
+SHORT = 128  # products of an fp32 sum that the forward pass adds one by one, at most (few.CHAIN has the errors)
 PROGRAMS = 4  # a multiprocessor, that sums are split for
 CHAIN = 64  # products of fp32 that a thread adds one after the other, about
+PARTS = 64  # of a sum, at most: they are added one after the other
 WARPS = 4
 
 
@@ -47,19 +52,33 @@ class InputColumns:
         return f"{self.pixels} pixels x {self.channels} channels x {self.taps_h} x {self.taps_w} taps, {WARPS} warps"
 
 
-def takes(direction: str, geometry: Geometry, c_in: int, c_out: int, is_direct: bool, large: bool, width: bool) -> bool:
-    """Whether the kernels take a pass.  c_in and c_out are a group's; is_direct: whether they are too few for tensor cores;
-    width: whether the output's (or its gradient's) pixels along the width are neighbours in memory."""
-    last = geometry.axes3[2]
-    if large or last.stride < STRIDE or last.kernel < last.stride:
+def takes(
+    direction: str, geometry: Geometry, channels: tuple[int, int], pixels: int, direct: bool, half: bool, width: bool
+) -> bool:
+    """Whether the kernels take a pass of a problem whose offsets fit into 32 bits.
+
+    Args:
+        channels: a group's, of the input and of the output.
+        pixels: of the input's whole batch.
+        direct: whether the channels are too few for tensor cores.
+        half: whether results are rounded to 16 bits.
+        width: whether the output's (or its gradient's) pixels along the width are neighbours in memory.
+    """
+    last, g, (c_in, c_out) = geometry.axes3[2], geometry.groups, channels
+    if last.stride < STRIDE or last.kernel < last.stride or not (width or g * max(channels) < LAST_CHANNELS):
         return False
-    if not is_direct and (max(c_in, c_out) > CHANNELS or prod(geometry.stride) < PHASES):
+    products = pixels * g * c_in * c_out * geometry.taps
+    if not direct and (max(channels) > CHANNELS or prod(geometry.stride) < PHASES or products > PRODUCTS):
         return False
-    if direction == "forward":  # with dilation, phases have taps of their own
-        return all(a.dilation == 1 for a in geometry.axes)
-    return direction == "backward_input" or (
-        width and is_direct
-    )  # a weight's gradient has enough columns for tensor cores
+    if (
+        direction == "backward_weight"
+    ):  # in channels_last the direct kernel's neighbours are channels; others have tensor cores
+        return direct and width
+    if direction == "backward_input":
+        return True
+    # With dilation, phases have taps of their own.
+    short = half or c_in * prod(a.most_taps for a in geometry.axes) <= SHORT
+    return short and all(a.dilation == 1 for a in geometry.axes)
 
 
 @lru_cache(maxsize=4096)
@@ -69,23 +88,25 @@ def choose(
     """(the tile, into how many parts sums are cut); size is the input's, c_in and c_out are a group's."""
     g, (depth, height, width) = geometry.groups, sizes3(size)
     if direction == "forward":
-        phases = power_of_two(prod(geometry.stride), 32, 256)
+        phases = power_of_two(prod(geometry.stride), 8, 256)
         axis = geometry.axes3[2]
         row = cdiv(geometry.output_size(size)[-1] + axis.padding, axis.stride)
         return Phases(phases, power_of_two(row, 1, 8), next(n for n in (3, 2, 1) if c_in % n == 0)), 1
     pixels = batch * depth * height * width
     tile: InputColumns | WeightColumns
     if direction == "backward_input":
-        taps_w = power_of_two(geometry.axes3[2].kernel, 32, 256)
-        tile = InputColumns(256 // taps_w, taps_w, power_of_two(width, 1, 4), power_of_two(c_in, 1, 8))
-        steps = c_out * geometry.axes3[0].kernel * cdiv(geometry.axes3[1].kernel, tile.taps_h)
-        chain = steps * cdiv(geometry.axes3[2].kernel, taps_w)
+        taps_d, taps_h, taps_w = (a.kernel for a in geometry.axes3)
+        box_w = power_of_two(taps_w, 8, 256)
+        box_h = power_of_two(taps_h, 1, 256 // box_w)
+        tile = InputColumns(box_h, box_w, power_of_two(width, 1, 4), power_of_two(c_in, 1, 8))
+        steps = c_out * taps_d * cdiv(taps_h, box_h)
+        chain = steps * cdiv(taps_w, box_w)
         programs = g * cdiv(c_in, tile.channels) * batch * depth * height * cdiv(width, tile.pixels)
         elements = g * c_in * pixels
     else:
         columns, channels = c_out * geometry.taps, power_of_two(c_in, 1, 4)
-        tile = WeightColumns(power_of_two(columns, 32, 1024 // channels), channels)
-        programs, steps, chain = g * cdiv(c_in, channels) * cdiv(columns, tile.columns), pixels, pixels
+        tile = WeightColumns(power_of_two(columns, 32, 1024 // channels), channels, pixels > CHAIN)
+        programs, steps, chain = g * cdiv(c_in, channels) * cdiv(columns, tile.columns), cdiv(pixels, UNROLL), pixels
         elements = g * c_in * columns
     want = max(cdiv(PROGRAMS * target.processors, programs), cdiv(chain, CHAIN))
-    return tile, max(1, min(want, steps, WORKSPACE_ELEMENTS // elements))
+    return tile, max(1, min(want, steps, PARTS, WORKSPACE_ELEMENTS // elements))

@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from . import columns, few, long, shift
+from . import columns, few, long, patches, shift
 from .configs import Config, Target
 from .geometry import Geometry
 
@@ -96,7 +96,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("few", "columns", "long", "shift", "gemm", "direct" or "aten"), its configuration and
+    """A decision: the kernel family ("few", "columns", "long", "patches", "shift", "gemm", "direct" or "aten"), its configuration and
     the reason."""
 
     family: str
@@ -110,6 +110,7 @@ class Plan:
         | columns.WeightColumns
         | long.Phases
         | long.InputColumns
+        | patches.Patches
         | shift.Shift
         | None
     ) = None

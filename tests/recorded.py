@@ -128,14 +128,19 @@ def main() -> int:
         ("wide groups", (1, 512, 64, 64), 4, torch.float16, False),
         ("strips of a copy, in parts", (32, 768, 6, 6), 1, torch.float16, False),
         ("small", (1, 64, 4, 4), 1, torch.float32, True),
+        ("few outputs", (4, 64, 32, 32), 1, torch.float32, False),
+        ("few outputs", (4, 63, 32, 31), 1, torch.bfloat16, True),
+        ("scattered", (4, 64, 32, 32), 1, torch.bfloat16, True),
+        ("long strides", (2, 21, 16, 16), 21, torch.float16, False),
         ("rounded by copies", (2, 64, 64, 64), 1, torch.float32, True),
     ):
         n = len(size) - 2
-        stride = 4 if title == "staged and folded" else 2
-        geometry = Geometry((4,) * n, (stride,) * n, (1,) * n, (0,) * n, groups, (1,) * n)
+        stride = {"staged and folded": 4, "scattered": 4, "long strides": 32}.get(title, 2)
+        kernel = 64 if title == "long strides" else 4
+        geometry = Geometry((kernel,) * n, (stride,) * n, (1,) * n, (0,) * n, groups, (1,) * n)
         form = {2: torch.channels_last, 3: torch.channels_last_3d}[n] if last else torch.contiguous_format
         x = torch.randn(size).to(dtype).contiguous(memory_format=form)
-        c_out = 256 if title == "wide groups" else 64
+        c_out = {"wide groups": 256, "few outputs": 3, "scattered": 3, "long strides": 21}.get(title, 64)
         w = torch.randn(size[1], c_out // groups, *geometry.kernel).to(dtype)
         bias = torch.randn(c_out).to(dtype)
         y = launch.empty_output(x, w, geometry.output_size(size[2:]), c_out).zero_()

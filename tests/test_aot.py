@@ -27,6 +27,7 @@ from tconv.geometry import Geometry
 
 KERNELS = {
     "gemm": ("gather_gemm", "weight_gemm"),
+    "patches": ("patch_input", "patch_weight"),
     "pack": ("pack_weight",),
     "few": ("gather_few", "weight_few"),
     "columns": ("column_gemm", "scatter_gemm", "add_columns", "weight_columns"),

@@ -234,7 +234,7 @@ def test_scattered_products(seed, precision, device, always, monkeypatch):
     dtype = getattr(torch, precision, torch.float32)
     x, w, b, options = scattered(seed)
     x, w, b = (None if t is None else t.to(device, dtype) for t in (x, w, b))
-    with dispatch.without("few", "long"):
+    with dispatch.without("few", "long", "aten"):
         plan = dispatch_of(x, w, b, options)
         assert isinstance(plan.config, columns.Scatter), plan
         actual, again = (TCONV[x.ndim - 2](x, w, b, **options) for _ in range(2))
@@ -250,6 +250,7 @@ def test_scattered_products(seed, precision, device, always, monkeypatch):
         ((32, 14, 1, (128, 128, 128), 2), {}, True, torch.float32, True),
         ((768, 384, 2, (3, 3, 3), 4), dict(stride=2), True, torch.float32, True),  # few pixels
         ((1024, 512, 3, (1, 1), 128), {}, True, torch.bfloat16, True),
+        ((64, 1, 2, (320, 320), 16), dict(stride=2), False, torch.float32, True),  # few output channels
         ((32, 16, 2, (48, 48, 48), 4), dict(stride=2, output_padding=1), True, torch.float32, False),
         ((32, 16, 3, (48, 48, 48), 4), dict(stride=2), True, torch.float32, False),
         ((32, 24, 2, (48, 48, 48), 4), dict(stride=2), True, torch.float32, False),  # more than one tile
@@ -259,10 +260,20 @@ def test_scattered_products(seed, precision, device, always, monkeypatch):
 def test_which_products_are_scattered(args, options, last, dtype, taken):
     batch, c_in, c_out, size, geometry = layer(*args, **options)
     source = "vectors" if last else "width"
-    problem = Problem("forward", geometry, batch, c_in, c_out, size, dtype, True, source, source)
+    destination = "channels" if last and c_out % 16 else source
+    problem = Problem("forward", geometry, batch, c_in, c_out, size, dtype, True, source, destination)
     plan = dispatch.plan(problem, HOPPER)
     assert isinstance(plan.config, columns.Scatter) == taken, plan
     assert not taken or "scattered" in plan.config.describe()
+
+
+@pytest.fixture
+def many_pixels(monkeypatch):
+    """A few are many."""
+    monkeypatch.setattr(columns, "MOST_PIXELS", 0)
+    dispatch.plan.cache_clear()
+    yield
+    dispatch.plan.cache_clear()
 
 
 FEW = [
@@ -279,12 +290,10 @@ FEW = [
 @pytest.mark.parametrize(
     "shape, weight, options", FEW, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else ""
 )
-def test_few_output_channels(shape, weight, options, precision, last, device, monkeypatch):
+def test_few_output_channels(shape, weight, options, precision, last, device, many_pixels):
     """All taps of all of them as one product, of one tile of columns; images of whole tiles of pixels and others."""
     if device != "cpu" and precision == "float64":
         pytest.skip("no kernels there")
-    monkeypatch.setattr(columns, "MOST_PIXELS", 0)
-    dispatch.plan.cache_clear()
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     dtype, n = getattr(torch, precision, torch.float32), len(shape) - 2
     x, w, b = (torch.randn(s, dtype=torch.float64, device=device).to(dtype) for s in (shape, weight, weight[1:2]))
@@ -296,7 +305,6 @@ def test_few_output_channels(shape, weight, options, precision, last, device, mo
     exact = oracle(n, x, w, b, torch.zeros_like(actual), tf32=plan.precision == "tf32", **options)[0]
     assert errors(actual, exact)[1] < {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
     assert torch.equal(actual, TCONV[n](x, w, b, **options))
-    dispatch.plan.cache_clear()
 
 
 @pytest.mark.parametrize(

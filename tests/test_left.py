@@ -17,7 +17,7 @@ from tconv.problem import PASSES, Problem
 
 HOPPER = Target("cuda", 90, 132)
 GRADIENTS = {"backward_input", "backward_weight"}
-PRODUCT = Case("2d_k1_wide", (2, 64, 9, 10), (64, 128, 1, 1))
+PRODUCT = Case("2d_k1_wide", (8, 64, 9, 10), (64, 128, 1, 1))
 WIDE_GROUPS = Case("wide groups", (2, 128, 16, 16), (128, 64, 3, 3), dict(stride=2, groups=2))
 LONG_SUMS = Case("long sums", (1, 21, 2, 2), (21, 21, 64, 64), dict(stride=32))
 DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
@@ -90,12 +90,14 @@ def test_forward_in_channels_last(case, dtype, left, monkeypatch):
         (dict(geometry=Geometry((1, 1), (1, 1), (1, 0), (0, 0), 1, (1, 1))), False),
         (dict(c_out=32), False),
         (dict(large=True), False),
+        (dict(dense=False), False),
+        (dict(c_in=1024, c_out=1024, batch=1, input_size=(2, 2)), False),  # the column kernels'
     ],
 )
 def test_products_of_contiguous_matrices(change, left):
     geometry = Geometry((1, 1), (1, 1), (0, 0), (0, 0), 1, (1, 1))
     facts = dict(geometry=geometry, batch=4, c_in=128, c_out=256, input_size=(180, 180), dtype=torch.float16, tf32=True)
-    plan = dispatch.plan(Problem("forward", **(facts | dict(source="width") | change)), HOPPER)
+    plan = dispatch.plan(Problem("forward", **(facts | dict(source="width", weight="taps") | change)), HOPPER)
     assert (plan.family == "aten") == left, plan
 
 
@@ -110,7 +112,7 @@ def test_cudnn_switched_off(device):
 def test_without(device):
     """without() holds in every thread, for new kinds of calls and for known ones, and ends."""
     with (
-        pytest.raises(ValueError, match="expected few, columns, long, shift or aten, got 'gemm'"),
+        pytest.raises(ValueError, match="expected few, columns, long, patches, shift or aten, got 'gemm'"),
         dispatch.without("gemm"),
     ):
         pass

@@ -9,7 +9,7 @@ from test_aot import layer
 from test_passes import LAST, NAMES, TCONV
 
 import tconv
-from tconv import dispatch, long
+from tconv import columns, dispatch, long
 from tconv.configs import Target
 from tconv.geometry import Geometry
 from tconv.problem import PASSES, Problem
@@ -25,7 +25,7 @@ def drawn(seed):
     last = draw.randint(8, 12)
     stride = [draw.choice((1, 2, 8)) for _ in range(ndim - 1)] + [last]
     if groups == 1:  # as many phases as such layers need
-        ndim, stride = max(ndim, 2), [1] * (max(ndim, 2) - 2) + [8, last]
+        ndim, stride = max(ndim, 2), [1] * (max(ndim, 2) - 2) + [32, last]
     kernel = [draw.randint(1, 5) for _ in range(ndim - 1)] + [draw.choice((last, last + 3, 2 * last, 33))]
     dilation = [draw.choice((1, 1, 1, 2)) for _ in range(ndim)]
     padding = [draw.randint(0, 2) for _ in range(ndim - 1)] + [draw.randint(0, 6)]
@@ -57,7 +57,7 @@ def test_random_layers(seed, device, ieee):
     expected = oracle(ndim, *tensors, **options)
     dtype = torch.float64 if device == "cpu" else torch.float32
     tensors = [None if t is None else t.to(device, dtype) for t in tensors]
-    with dispatch.without("few", "columns", "shift"):
+    with dispatch.without("few", "columns", "shift", "aten"):
         explained = tconv.explain(*tensors[:3], **options).passes
         actual, again = (passes(TCONV[ndim], *tensors, **options) for _ in range(2))
     for name, ours, same, exact in zip(NAMES, actual, again, expected, strict=False):
@@ -74,23 +74,22 @@ def test_random_layers(seed, device, ieee):
 @pytest.mark.parametrize("kernel", (16, 13))
 def test_nan_and_inf(kernel, where, value, device, ieee):
     """They go where a product with them goes, neither beyond a border nor to a phase without that tap."""
-    x, w = torch.randn(1, 2, 3, 4), torch.randn(2, 2, kernel, kernel)
-    options = dict(stride=8, padding=3)
+    x, w = torch.randn(1, 4, 3, 4), torch.randn(4, 2, kernel, kernel)
+    options = dict(stride=8, padding=3, groups=2)
     grad = torch.randn(ATEN[2](x, w, **options).shape)
     tensors = dict(input=x, weight=w, grad=grad)
     alone = {name: torch.zeros_like(t) if name == where else torch.ones_like(t) for name, t in tensors.items()}
     tensors[where][0, 1, 2, 1] = value
     alone[where][0, 1, 2, 1] = 1
     reached = [r != 0 for r in oracle(2, alone["input"], alone["weight"], None, alone["grad"], **options)[:3]]
-    with dispatch.without("few", "columns", "shift"):
+    with dispatch.without("few", "columns", "shift", "aten"):
         actual = passes(TCONV[2], *(t.to(device) for t in (x, w)), None, grad.to(device), **options)
         told = tconv.explain(x.to(device), w.to(device), **options).passes
     of = {"input": (0, 2), "weight": (0, 1), "grad": (1, 2)}[where]
+    assert [each.plan.family for each in told] == ["long"] * 3
     for i in of:
-        if told[i].plan.family == "long":
-            assert 0 < reached[i].sum() < reached[i].numel()
-            assert torch.equal(actual[i].cpu().isfinite(), ~reached[i]), NAMES[i]
-    assert [each.plan.family == "long" for each in told] == [True, True, False]
+        assert 0 < reached[i].sum() < reached[i].numel()
+        assert torch.equal(actual[i].cpu().isfinite(), ~reached[i]), NAMES[i]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +100,10 @@ def test_nan_and_inf(kernel, where, value, device, ieee):
         ((21, 21, 16, (64, 64), 4), dict(stride=8, padding=4, groups=21), False, "all"),
         ((21, 21, 64, (12, 16), 1), dict(stride=32), True, "forward backward_input"),
         ((21, 21, 64, (12, 16), 1), dict(stride=32, dilation=2), True, "backward_input"),
-        ((64, 64, 16, (32, 32), 1), dict(stride=8), True, ""),
-        ((16, 16, 16, (32,), 1), dict(stride=8), True, ""),  # too few phases
+        ((21, 21, 64, (12, 16), 512), dict(stride=32), True, ""),  # too many products
+        ((16, 16, 16, (32, 32), 1), dict(stride=8), True, ""),  # too few phases
+        ((64, 64, 64, (12, 16), 1), dict(stride=32), True, ""),
+        ((64, 64, 16, (32, 32), 1), dict(stride=8, groups=64), True, ""),  # the direct kernels'
         ((21, 21, 4, (32, 32), 1), dict(stride=2, groups=21), False, ""),
         ((21, 21, 4, (32, 32), 1), dict(stride=8, groups=21), False, ""),
     ],
@@ -122,15 +123,21 @@ def test_which_layers(args, options, last, taken, dtype):
 
 def test_parts_of_sums():
     """None is empty, and together they fit into the workspace."""
-    for batch, size, groups, channels in ((1, (1, 1), 1, 21), (4, (32, 32), 21, 1), (64, (64, 64), 3, 4)):
+    for batch, size, groups, channels in (
+        (1, (1, 1), 1, 21),
+        (1, (2, 2), 21, 1),
+        (4, (32, 32), 21, 1),
+        (64, (64, 64), 3, 4),
+        (16, (256, 256), 21, 1),
+    ):
         geometry = Geometry((64, 64), (32, 32), (16, 16), (0, 0), groups, (1, 1))
         for direction in PASSES[1:]:
             tile, splits = long.choose(direction, geometry, batch, channels, channels, size, HOPPER)
             if direction == "backward_input":
                 steps, elements = channels * 64 // tile.taps_h, batch * size[0] * size[1]
             else:
-                steps, elements = batch * size[0] * size[1], channels * geometry.taps
-            assert 1 <= splits <= steps
+                steps, elements = -(-batch * size[0] * size[1] // columns.UNROLL), channels * geometry.taps
+            assert 1 <= splits <= steps and splits * steps < 1 << 31
             assert splits == 1 or splits * groups * channels * elements <= 1 << 26
 
 
@@ -146,6 +153,7 @@ def test_parts_of_sums():
         ((12, 24, 12, (20, 31), 3), dict(stride=8, padding=1, output_padding=3, groups=6)),
         ((21, 21, 64, (12, 16), 1), dict(stride=32)),
         ((8, 8, 9, (3, 10, 11), 2), dict(stride=8, padding=2, groups=8)),
+        ((6, 6, 16, (150, 160), 8), dict(stride=8, padding=4, groups=6)),  # long sums of weights' gradients
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
 )

@@ -24,7 +24,7 @@ TARGET = Target("cuda", 90, 132, (3, 6), ("columns",))  # which take layers of f
 
 @pytest.fixture(autouse=True)
 def without_columns():
-    with dispatch.without("columns"):
+    with dispatch.without("columns", "aten"):
         yield
 
 

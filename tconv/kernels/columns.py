@@ -1,7 +1,8 @@
-"""The forward pass of layers whose weight is nearly all there is to read, or that have few output channels: a GEMM over the
-weight as it lies in memory, and the addition of what its columns bring to each output (col2im).
+"""The forward pass of layers whose weight is nearly all there is to read, of few output channels, or of one tap an output: a
+GEMM over the weight as it lies in memory, and the addition of what its columns bring to each output (col2im).  And the
+gradients of weights that are mostly writing.
 
-No packing: the weight is read once, in its own order, in runs of 16 bytes.
+No packing: a tile of pixels reads the weight once, in its own order, in runs of 16 bytes.
 """
 
 import triton
@@ -153,14 +154,14 @@ def scatter_gemm(
     WHOLE: whether no tap leaves the destination.
     """
     dst_n, dst_c, dst_d, dst_h, dst_w = known_strides(dst_n, dst_c, dst_d, dst_h, dst_w, DST_LAYOUT)
-    # What reads the same pixels is neighbours.
+    # What reads the same part of the weight is neighbours.
     tiles_m = _tiles_m(pixels, d_src * h_src * w_src, PLANES, BLOCK_M)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    pid = pid // tiles_n
     tile_m = pid % tiles_m
-    group = pid // tiles_m
+    pid = pid // tiles_m
+    tile_n = pid % tiles_n
+    group = pid // tiles_n
     acc, first, end = _product(
         src, weight, tile_m, tile_n, 0, 1, group, pixels, c_src, columns, d_src, h_src, w_src,
         src_n, src_c, src_d, src_h, src_w, w_s,
@@ -299,7 +300,8 @@ def weight_columns(
     x, y, grad, pixels, c_in, c_out, columns, d_in, h_in, w_in, d_out, h_out, w_out,
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw,
     x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, of_channel, of_tap, splits, count,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad[split, channel, column] = sum over the split's part of the input's pixels of x * y: the weight's gradient where
     pixels are few or taps many, in the order in which it lies.  Results of splits lie count apart.
@@ -307,6 +309,7 @@ def weight_columns(
     y is the output's gradient; a column is an (output channel, tap) pair of a group, of_channel and of_tap how many columns
     lie between its channels and between its taps; c_in, c_out and columns are a group's.  Multiply-adds, a tile [BLOCK_M input
     channels, BLOCK_N columns] a program.  ALIGNED: whether 16 divides columns.
+    UNROLL pixels' loads are on their way together; BLOCKS: 16 times as many are added up before they are added in float64.
     """
     if ALIGNED:
         columns = columns // 16 * 16
@@ -330,24 +333,31 @@ def weight_columns(
     of_y = (group * c_out + column // of_channel % c_out) * y_c + td * y_d + th * y_h + tw * y_w
     of_x = (group * c_in + ci) * x_c
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     steps = tl.cdiv(pixels, UNROLL)
-    for step in range(split * steps // splits, (split + 1) * steps // splits):
-        first = step * UNROLL
-        for u in tl.static_range(UNROLL):  # so that the loads of several pixels are on their way together
-            p = tl.minimum(first + u, pixels - 1)
-            depth = tl.where(first + u < pixels, d_out, 0)  # beyond the last pixel nothing is inside
-            n, d, h = split_row(p // w_in, d_in, h_in)
-            w = p % w_in
-            at_x = n * x_n + d * x_d + h * x_h + w * x_w
-            at_y = n * y_n + d * strided * y_d + h * strideh * y_h + w * stridew * y_w
-            reached = column_ok & inside(td + d * strided, depth) & inside(th + h * strideh, h_out)
-            reached &= inside(tw + w * stridew, w_out)
-            a = widen(tl.load(x + (at_x + of_x), mask=ci_ok, other=0.0), ACC)
-            b = widen(tl.load(y + (at_y + of_y), mask=reached, other=0.0), ACC)
-            # An infinity beside the border multiplies nothing.
-            acc = tl.where(reached[None, :], acc + a[:, None] * b[None, :], acc)
+    begin = split * steps // splits
+    end = (split + 1) * steps // splits
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if BLOCKS else ACC)
+    for block in range(begin, end, 16 if BLOCKS else 1):
+        some = tl.zeros((BLOCK_M, BLOCK_N), ACC) if BLOCKS else acc
+        for step in range(block, tl.minimum(block + 16, end) if BLOCKS else block + 1):
+            for u in tl.static_range(UNROLL):
+                p = tl.minimum(step * UNROLL + u, pixels - 1)
+                depth = tl.where(step * UNROLL + u < pixels, d_out, 0)  # beyond the last pixel nothing is inside
+                n, d, h = split_row(p // w_in, d_in, h_in)
+                w = p % w_in
+                at_x = n * x_n + d * x_d + h * x_h + w * x_w
+                at_y = n * y_n + d * strided * y_d + h * strideh * y_h + w * stridew * y_w
+                reached = column_ok & inside(td + d * strided, depth) & inside(th + h * strideh, h_out)
+                reached &= inside(tw + w * stridew, w_out)
+                a = widen(tl.load(x + (at_x + of_x), mask=ci_ok, other=0.0), ACC)
+                b = widen(tl.load(y + (at_y + of_y), mask=reached, other=0.0), ACC)
+                # An infinity beside the border multiplies nothing.
+                some = tl.where(reached[None, :], some + a[:, None] * b[None, :], some)
+        if BLOCKS:
+            acc += widen(some, tl.float64)
+        else:
+            acc = some
 
     grad += split.to(tl.int64) * count
     out = grad + ((group * c_in + ci).to(tl.int64) * columns)[:, None] + column[None, :]
-    tl.store(out, acc.to(grad.dtype.element_ty), mask=ci_ok[:, None] & column_ok[None, :])
+    tl.store(out, narrow(acc, grad.dtype.element_ty), mask=ci_ok[:, None] & column_ok[None, :])

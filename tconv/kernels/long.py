@@ -13,23 +13,24 @@ from .common import inside, kernel_name, split_row, widen
 @triton.jit(
     repr=kernel_name("tconv_gather_phases"),
     do_not_specialize=(
-        "batch c_src c_dst d_src h_src w_src d_dst h_dst w_dst kd kh kw strided strideh stridew padd padh padw "
+        "batch channels c_src c_dst d_src h_src w_src d_dst h_dst w_dst "
+        "kd kh kw strided strideh stridew padd padh padw "
         "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w w_g w_s w_t w_d w_h w_w"
     ).split(),
 )
 def gather_phases(
     src, weight, bias, dst,
-    batch, c_src, c_dst, d_src, h_src, w_src, d_dst, h_dst, w_dst,  # channels are those of one group
+    batch, channels, c_src, c_dst, d_src, h_src, w_src, d_dst, h_dst, w_dst,  # c_src and c_dst are a group's
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw,
     src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_g, w_s, w_t, w_d, w_h, w_w,
-    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dst[n, co, q*stride + r - padding] = bias[co] + sum over ci and j of src[n, ci, q - j] * weight[ci, co, j*stride + r].
 
     Without dilation.  Phases r count from the padding's beginning, so that all of them read the same source pixels.
     A program has BLOCK_M q of one row by BLOCK_N phases, of one channel.  EVEN: whether all phases have the same number of
-    taps, and BLOCK_N divides how many phases there are.  UNROLL source channels, which divide c_src, are loaded together.
+    taps, and BLOCK_N divides how many phases there are.  LAST: in channels_last.  UNROLL source channels, which divide c_src, are loaded together.
     """
     q_d = tl.cdiv(d_dst + padd, strided)
     q_h = tl.cdiv(h_dst + padh, strideh)
@@ -39,12 +40,16 @@ def gather_phases(
     tiles_m = tl.cdiv(q_w, BLOCK_M)
     rows = batch * q_d * q_h
     pid = tl.program_id(0)
+    if LAST:  # what writes the same sectors is neighbours
+        channel = pid % channels
+        pid = pid // channels
     tile_n = pid % tiles_n
     pid = pid // tiles_n
     tile_m = pid % tiles_m
     pid = pid // tiles_m
     n, qd, qh = split_row(pid % rows, q_d, q_h)
-    channel = pid // rows
+    if not LAST:
+        channel = pid // rows
     group = channel // c_dst
 
     qw = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -151,9 +156,8 @@ def input_columns(
         jh = line % blocks * BLOCK_H
         jd = line // blocks % kd
         co = line // blocks // kd
-        row_ok = (jh + th < kh) & inside(sh + (jh + th) * dilh, h_src)
-        # Planes are all lanes' own: none is inside where this one is not.
-        row_ok &= inside(sd + jd * dild + 0 * th, d_src)
+        height = tl.where(inside(sd + jd * dild, d_src), h_src, 0)  # of a plane outside nothing is inside
+        row_ok = (jh + th < kh) & inside(sh + (jh + th) * dilh, height)
         for jw in range(0, kw, BLOCK_W):
             tap_ok = (jh + th < kh) & (jw + tw < kw)
             read = (row_ok & (jw + tw < kw))[None, :] & inside(column + jw * dilw, w_src)

@@ -1,0 +1,163 @@
+"""The patch kernels: which gradients they take, with which tile, and that these are the gradients."""
+
+import random
+
+import pytest
+import torch
+from oracle import ATEN, assert_no_worse, errors, oracle, passes
+from test_aot import layer
+from test_passes import LAST, NAMES, TCONV
+
+import tconv
+from tconv import dispatch, patches
+from tconv.configs import Target
+from tconv.geometry import Geometry
+from tconv.problem import PASSES, Problem
+
+HOPPER = Target("cuda", 90, 132)
+ID = dict(ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "")
+
+
+def drawn(seed):
+    """A random layer of few output channels and its tensors in float64, or None where it has no output."""
+    draw = random.Random(seed)
+    ndim = draw.choice((1, 2, 2, 3))
+    c_in, c_out = draw.choice(((32, 1), (40, 3), (70, 2), (33, 8)))
+    most = (16, 4, 2)[ndim - 1]
+    kernel = [draw.randint(1, most) for _ in range(ndim - 1)] + [draw.randint(2, most)]
+    stride = [draw.randint(1, 3) for _ in range(ndim)]
+    dilation = [draw.choice((1, 1, 2)) for _ in range(ndim)]
+    padding = [draw.randint(0, 2) for _ in range(ndim)]
+    output_padding = [draw.randrange(max(s, d)) for s, d in zip(stride, dilation, strict=True)]
+    size = [draw.randint(1, 3) for _ in range(ndim - 1)] + [draw.randint(1, 20)]
+    geometry = Geometry(*map(tuple, (kernel, stride, padding, output_padding)), 1, tuple(dilation))
+    if min(geometry.output_size(size)) < 1 or c_out * geometry.taps > 128:
+        return None
+    torch.manual_seed(seed)
+    shapes = (2, c_in, *size), (c_in, c_out, *kernel), (2, c_out, *geometry.output_size(size))
+    input, weight, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    if ndim > 1 and draw.random() < 0.4:
+        input = input.contiguous(memory_format=LAST[input.ndim])
+    if ndim > 1 and draw.random() < 0.4:
+        grad = grad.contiguous(memory_format=LAST[input.ndim])
+    if draw.random() < 0.3:
+        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    options = dict(stride=stride, padding=padding, output_padding=output_padding, dilation=dilation)
+    return (input, weight, None, grad), options
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """The kernels take every gradient of few output channels, also where a GPU would not be filled."""
+    monkeypatch.setattr(patches, "LEAST_PIXELS", 0)
+    monkeypatch.setattr(patches, "LEAST_WIDTH", 1)
+    dispatch.plan.cache_clear()
+    yield
+    dispatch.plan.cache_clear()
+
+
+@pytest.mark.parametrize("precision", ("float64", "tf32", "bfloat16"))
+@pytest.mark.parametrize("seed", range(30))
+def test_random_layers(seed, precision, device, always):
+    """Both gradients, the same bits every time."""
+    if (layer := drawn(seed)) is None:
+        pytest.skip("no output, or too many columns")
+    if precision == "float64" and device != "cpu":
+        pytest.skip("no kernels there")
+    if precision != "float64" and device == "cpu" and seed > 5:
+        pytest.skip("the interpreter is slow")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype = getattr(torch, precision, torch.float32)
+    tensors, options = layer
+    tensors = [None if t is None else t.to(device, dtype) for t in tensors]
+    ndim = tensors[0].ndim - 2
+    with dispatch.without("few", "columns", "long"):
+        told = tconv.explain(*tensors[:3], **options).passes
+        actual, again = (passes(TCONV[ndim], *tensors, **options) for _ in range(2))
+    exact = oracle(ndim, *tensors, **options)
+    rounded = oracle(ndim, *tensors, tf32=True, **options) if precision == "tf32" else exact
+    for i in (1, 2):
+        plan = told[i].plan
+        # The device's kernels leave short sums to others, which have a tensor core for nothing.
+        assert plan.family == "patches" or plan.precision == "ieee" or (device != "cpu" and plan.family == "aten"), plan
+        e = rounded[i] if plan.precision == "tf32" else exact[i]
+        bound = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
+        assert plan.family == "aten" or errors(actual[i], e)[1] < bound, NAMES[i]
+        assert torch.equal(actual[i], again[i]), NAMES[i]
+
+
+@pytest.mark.parametrize(
+    "args, options, dtype, tf32, taken",
+    [
+        ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1), torch.float32, True, PASSES[1:]),
+        ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1), torch.bfloat16, True, PASSES[1:]),
+        ((128, 3, 4, (128, 128), 1), dict(stride=2, padding=1), torch.float32, False, PASSES[1:]),
+        ((597, 2, 4, (48, 56), 8), dict(stride=2, padding=1), torch.float32, True, ("backward_weight",)),  # 32 products
+        ((56, 1, 9, (270, 480), 1), dict(stride=4, padding=4, output_padding=3), torch.float16, True, PASSES[1:]),
+        ((56, 1, 9, (270, 480), 1), dict(stride=4, padding=4, output_padding=3), torch.float32, False, ()),  # tf32x3
+        ((64, 9, 3, (32, 32), 64), dict(stride=2), torch.bfloat16, True, ()),
+        ((64, 3, 1, (32, 32), 64), {}, torch.bfloat16, True, ()),
+        ((64, 3, 4, (8, 8), 64), dict(stride=2), torch.bfloat16, True, ()),  # rows too short
+        ((64, 3, 4, (32, 32), 2), dict(stride=2), torch.bfloat16, True, ()),  # too few pixels
+        ((16, 3, 4, (32, 32), 64), dict(stride=2), torch.bfloat16, True, ()),
+    ],
+    **ID,
+)
+def test_which(args, options, dtype, tf32, taken):
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    for direction in PASSES:
+        plan = dispatch.plan(Problem(direction, geometry, batch, c_in, c_out, size, dtype, tf32, "width"), HOPPER)
+        assert (plan.family == "patches") == (direction in taken), plan
+        if plan.family == "patches":
+            tile = plan.config
+            assert "one product" in plan.reason and "columns" in tile.describe()
+            # What waits in shared memory fits on every GPU.
+            a_stage = (
+                (tile.pixels + max(tile.columns, tile.channels)) * max(tile.channels, tile.columns) * dtype.itemsize
+            )
+            assert tile.num_stages * a_stage < 227 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
+@pytest.mark.parametrize(
+    "args, options",
+    [
+        ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1)),
+        ((128, 3, 4, (128, 128), 1), dict(stride=2, padding=1)),
+        ((192, 3, 5, (125, 130), 2), dict(stride=2, padding=2, output_padding=1)),
+        ((597, 2, 4, (48, 56), 4), dict(stride=2, padding=1)),
+        ((56, 1, 9, (135, 240), 1), dict(stride=4, padding=4, output_padding=3)),
+        ((512, 1, 16, (3999,), 4), dict(stride=8)),
+        ((64, 4, 3, (9, 30, 31), 2), dict(stride=2, padding=1)),
+    ],
+    **ID,
+)
+def test_on_a_gpu(args, options, precision, last):
+    """At full size, no worse than torch; the same bits every time."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    dtype = getattr(torch, precision, torch.float32)
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    n = geometry.ndim
+    if last and n == 1:
+        pytest.skip("torch has no channels_last in 1-d")
+    x = torch.randn(batch, c_in, *size, device="cuda").to(dtype)
+    w = torch.randn(c_in, c_out, *geometry.kernel, device="cuda").to(dtype)
+    grad = torch.randn(batch, c_out, *geometry.output_size(size), device="cuda").to(dtype)
+    if last:
+        x, grad = (t.contiguous(memory_format=LAST[t.ndim]) for t in (x, grad))
+    told = tconv.explain(x, w, **options).passes
+    actual, again = (passes(TCONV[n], x, w, None, grad, **options) for _ in range(2))
+    exact = oracle(n, x, w, None, grad, **options)
+    rounded = oracle(n, x, w, None, grad, tf32=True, **options) if precision == "tf32" else exact
+    peer = passes(ATEN[n], x, w, None, grad, **options)
+    assert "patches" in [each.plan.family for each in told] or precision == "ieee"
+    for i in (1, 2):
+        if told[i].plan.family != "patches":
+            continue
+        if told[i].plan.precision == "tf32":
+            assert errors(actual[i], rounded[i])[1] < 1e-5, str(told[i])
+        else:
+            assert_no_worse(actual[i], exact[i], peer[i], str(told[i]))
+        assert torch.equal(actual[i], again[i]), str(told[i])
