@@ -233,7 +233,7 @@ def long_strides(asked: Asked) -> Plan | str:
 
 def few_outputs_gradient(asked: Asked) -> Plan | str:
     """The patch kernels, for gradients of layers of few output channels."""
-    p, taps, size = asked.problem, asked.problem.geometry.taps, asked.problem.dtype.itemsize
+    p, taps = asked.problem, asked.problem.geometry.taps
     if p.direction == "forward" or p.geometry.groups > 1 or asked.without("patches"):
         return ""
     row, width = p.input_size[-1], p.c_out * taps
@@ -242,9 +242,7 @@ def few_outputs_gradient(asked: Asked) -> Plan | str:
     why = f"{asked.why}; so few that all taps are one product"
     if p.direction == "backward_input":
         return Plan("patches", why, asked.how, patches.of_input(p.c_in, width, row))
-    return Plan(
-        "patches", why, asked.how, *patches.of_weight(p.c_in, width, p.pixels // row, row, size, asked.target)
-    )  # fmt: skip
+    return Plan("patches", why, asked.how, *patches.of_weight(p.c_in, width, p.pixels // row, row, asked.target))
 
 
 def narrow(asked: Asked) -> Plan | str:

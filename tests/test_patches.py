@@ -71,18 +71,19 @@ def test_random_layers(seed, precision, device, always):
     tensors, options = layer
     tensors = [None if t is None else t.to(device, dtype) for t in tensors]
     ndim = tensors[0].ndim - 2
-    with dispatch.without("few", "columns", "long"):
+    with dispatch.without("few", "columns", "long", "aten"):
         told = tconv.explain(*tensors[:3], **options).passes
         actual, again = (passes(TCONV[ndim], *tensors, **options) for _ in range(2))
     exact = oracle(ndim, *tensors, **options)
     rounded = oracle(ndim, *tensors, tf32=True, **options) if precision == "tf32" else exact
     for i in (1, 2):
         plan = told[i].plan
-        # The device's kernels leave short sums to others, which have a tensor core for nothing.
-        assert plan.family == "patches" or plan.precision == "ieee" or (device != "cpu" and plan.family == "aten"), plan
+        assert plan.family == "patches" or (device != "cpu" and plan.precision == "ieee"), (
+            plan
+        )  # for which there is no tensor core
         e = rounded[i] if plan.precision == "tf32" else exact[i]
         bound = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
-        assert plan.family == "aten" or errors(actual[i], e)[1] < bound, NAMES[i]
+        assert errors(actual[i], e)[1] < bound, NAMES[i]
         assert torch.equal(actual[i], again[i]), NAMES[i]
 
 
@@ -111,11 +112,6 @@ def test_which(args, options, dtype, tf32, taken):
         if plan.family == "patches":
             tile = plan.config
             assert "one product" in plan.reason and "columns" in tile.describe()
-            # What waits in shared memory fits on every GPU.
-            a_stage = (
-                (tile.pixels + max(tile.columns, tile.channels)) * max(tile.channels, tile.columns) * dtype.itemsize
-            )
-            assert tile.num_stages * a_stage < 227 * 1024
 
 
 @pytest.mark.gpu
