@@ -141,9 +141,8 @@ def _few(asked: Asked, portable: bool) -> Plan | str:
     if refused:
         return "" if refused == few.FULL else refused
     last, half = few.by_channels(g, c_src, p.whole), p.dtype in HALF
-    tile = few.choose(
-        p.direction, p.geometry, p.batch, c_src, c_dst, p.input_size, half, last, asked.target, portable
-    )  # fmt: skip
+    sizes = p.batch, c_src, c_dst, p.input_size
+    tile = few.choose(p.direction, p.geometry, *sizes, half, last, asked.target, portable)
     if not tile:
         return "too few pixels for the few-channel kernels"
     why = f"{asked.why}{';' if portable else ':'} too few for the tensor core"
@@ -286,9 +285,8 @@ def portable(asked: Asked) -> Plan | str:
         return Plan("gemm", asked.why, asked.how, *_gather_gemm(asked))
     c_in, c_out = p.channels
     rows, width = p.batch * prod(p.input_size[:-1]), p.input_size[-1]
-    config = configs.weight_gemm(
-        rows, width, c_in, c_out, p.dtype.itemsize, asked.how, p.source == "vectors", target
-    )  # fmt: skip
+    vectors = p.source == "vectors"
+    config = configs.weight_gemm(rows, width, c_in, c_out, p.dtype.itemsize, asked.how, vectors, target)
     programs = p.geometry.taps * p.geometry.groups * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
     return Plan("gemm", asked.why, asked.how, config, *_pixel_splits(p, config.block_k, config.box_w, programs, target))
 

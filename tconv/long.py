@@ -67,6 +67,8 @@ def takes(
     last, g, (c_in, c_out) = geometry.axes3[2], geometry.groups, channels
     if last.stride < STRIDE or last.kernel < last.stride or not (width or g * max(channels) < LAST_CHANNELS):
         return False
+    if prod(geometry.stride) >= 1 << 30:  # phases are counted in 32 bits
+        return False
     products = pixels * g * c_in * c_out * geometry.taps
     if not direct and (max(channels) > CHANNELS or prod(geometry.stride) < PHASES or products > PRODUCTS):
         return False
@@ -92,6 +94,7 @@ def choose(
         axis = geometry.axes3[2]
         row = cdiv(geometry.output_size(size)[-1] + axis.padding, axis.stride)
         return Phases(phases, power_of_two(row, 1, 8), next(n for n in (3, 2, 1) if c_in % n == 0)), 1
+    batch = max(batch, 1)  # explain() asks also about an empty one
     pixels = batch * depth * height * width
     tile: InputColumns | WeightColumns
     if direction == "backward_input":

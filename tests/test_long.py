@@ -121,6 +121,13 @@ def test_which_layers(args, options, last, taken, dtype):
             assert "lie side by side" in plan.reason and plan.config.describe()
 
 
+def test_an_empty_batch(device):
+    """explain() asks what would run."""
+    x, w = torch.empty(0, 3, 4, 4, device=device), torch.randn(3, 1, 64, 64, device=device)
+    told = tconv.explain(x, w, stride=32, groups=3).passes
+    assert [each.plan.family for each in told] == ["long"] * 3
+
+
 def test_parts_of_sums():
     """None is empty, and together they fit into the workspace."""
     for batch, size, groups, channels in (

@@ -29,8 +29,9 @@ def gather_phases(
     """dst[n, co, q*stride + r - padding] = bias[co] + sum over ci and j of src[n, ci, q - j] * weight[ci, co, j*stride + r].
 
     Without dilation.  Phases r count from the padding's beginning, so that all of them read the same source pixels.
-    A program has BLOCK_M q of one row by BLOCK_N phases, of one channel.  EVEN: whether all phases have the same number of
-    taps, and BLOCK_N divides how many phases there are.  LAST: in channels_last.  UNROLL source channels, which divide c_src, are loaded together.
+    A program has BLOCK_M q of one row by BLOCK_N phases, of one channel.  LAST: in channels_last.  EVEN: whether all phases
+    have the same number of taps, and BLOCK_N divides how many phases there are.  UNROLL source channels, which divide c_src,
+    are loaded together.
     """
     q_d = tl.cdiv(d_dst + padd, strided)
     q_h = tl.cdiv(h_dst + padh, strideh)
