@@ -87,6 +87,19 @@ def test_random_layers(seed, precision, device, always):
         assert torch.equal(actual[i], again[i]), NAMES[i]
 
 
+def test_infinities_beyond_a_row(device, always, ieee):
+    """What a tile's pixels beyond the row's end would read is no part of any sum."""
+    x, w = torch.randn(1, 32, 3, device=device), torch.randn(32, 4, 2, device=device)
+    options = dict(stride=1, padding=0, output_padding=0)
+    grad = torch.randn(1, 4, 4, device=device)
+    grad[..., 3] = torch.inf  # the last pixel's last tap alone
+    with dispatch.without("few", "columns", "long", "aten"):
+        if device == "cpu":
+            assert tconv.explain(x, w, **options).passes[2].plan.family == "patches"
+        of_weight = passes(TCONV[1], x, w, None, grad, **options)[2]
+    assert of_weight[..., 0].isfinite().all() and not of_weight[..., 1].isfinite().any()
+
+
 @pytest.mark.parametrize(
     "args, options, dtype, tf32, taken",
     [

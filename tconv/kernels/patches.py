@@ -34,15 +34,15 @@ def _columns(first, c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, B
 
 @triton.jit
 def _patches(
-    y, offset, ok, td, th, tw, n, d, h, w, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
+    y, offset, ok, td, th, tw, n, d, h, w, w_in, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
     y_n, y_d, y_h, y_w,
 ):  # fmt: skip
-    """[pixels of a row, columns] of the output's gradient."""
+    """[pixels of a row, columns] of the output's gradient; zeros beyond the row's end, too."""
     od = d * strided - padd
     oh = h * strideh - padh
     ow = w * stridew - padw
     ok = ok & inside(od + td, d_out) & inside(oh + th, h_out)
-    ok = ok[None, :] & inside(ow[:, None] + tw[None, :], w_out)
+    ok = (w < w_in)[:, None] & ok[None, :] & inside(ow[:, None] + tw[None, :], w_out)
     of_row = y + (n * y_n + od * y_d + oh * y_h)
     return tl.load(of_row + (ow * y_w)[:, None] + offset[None, :], mask=ok, other=0.0)
 
@@ -82,7 +82,7 @@ def patch_input(
             first, c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, BLOCK_K
         )
         a = _patches(
-            y, offset, ok, td, th, tw, n, d, h, w, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
+            y, offset, ok, td, th, tw, n, d, h, w, w_in, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
             y_n, y_d, y_h, y_w,
         )  # fmt: skip
         of = co.to(tl.int64) * w_o + tap // (kh * kw) * w_d + tap // kw % kh * w_h + tap % kw * w_w
@@ -137,7 +137,7 @@ def patch_weight(
             x, n * x_n + d * x_d + h * x_h + w * x_w, ci * x_c, inner[:, None] & (ci < c_in)[None, :], X_LAYOUT
         )
         b = _patches(
-            y, offset, ok, td, th, tw, n, d, h, w, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
+            y, offset, ok, td, th, tw, n, d, h, w, w_in, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
             y_n, y_d, y_h, y_w,
         )  # fmt: skip
         acc = matmul(tl.trans(operand(a, PRECISION)), operand(b, PRECISION), acc, PRECISION)
