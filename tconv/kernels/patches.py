@@ -34,15 +34,13 @@ def _columns(first, c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, B
 
 @triton.jit
 def _patches(
-    y, offset, ok, td, th, tw, n, d, h, w, w_in, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
-    y_n, y_d, y_h, y_w,
+    y, offset, ok, td, th, tw, n, d, h, ow, d_out, h_out, w_out, strided, strideh, padd, padh, y_n, y_d, y_h, y_w
 ):  # fmt: skip
-    """[pixels of a row, columns] of the output's gradient; zeros beyond the row's end, too."""
+    """[pixels of a row, columns] of the output's gradient; ow: where pixels' first taps are along the width."""
     od = d * strided - padd
     oh = h * strideh - padh
-    ow = w * stridew - padw
     ok = ok & inside(od + td, d_out) & inside(oh + th, h_out)
-    ok = (w < w_in)[:, None] & ok[None, :] & inside(ow[:, None] + tw[None, :], w_out)
+    ok = ok[None, :] & inside(ow[:, None] + tw[None, :], w_out)
     of_row = y + (n * y_n + od * y_d + oh * y_h)
     return tl.load(of_row + (ow * y_w)[:, None] + offset[None, :], mask=ok, other=0.0)
 
@@ -73,6 +71,7 @@ def patch_input(
     ci = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // tiles_n
     w = pid % tiles_w * BLOCK_M + tl.arange(0, BLOCK_M)
+    ow = w * stridew - padw
     n, d, h = split_row(pid // tiles_w, d_in, h_in)
     w_d, w_h, w_w = w_d.to(tl.int64), w_h.to(tl.int64), w_w.to(tl.int64)
 
@@ -82,9 +81,28 @@ def patch_input(
             first, c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, BLOCK_K
         )
         a = _patches(
-            y, offset, ok, td, th, tw, n, d, h, w, w_in, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
-            y_n, y_d, y_h, y_w,
-        )  # fmt: skip
+            y,
+            offset,
+            ok,
+            td,
+            th,
+            tw,
+            n,
+            d,
+            h,
+            ow,
+            d_out,
+            h_out,
+            w_out,
+            strided,
+            strideh,
+            padd,
+            padh,
+            y_n,
+            y_d,
+            y_h,
+            y_w,
+        )
         of = co.to(tl.int64) * w_o + tap // (kh * kw) * w_d + tap // kw % kh * w_h + tap % kw * w_w
         b = tl.load(
             weight + of[:, None] + ci.to(tl.int64)[None, :] * w_i, mask=ok[:, None] & (ci < c_in)[None, :], other=0.0
@@ -133,13 +151,33 @@ def patch_weight(
         w = tile % tiles_w * BLOCK_K + tl.arange(0, BLOCK_K)
         n, d, h = split_row(tile // tiles_w, d_in, h_in)
         inner = w < w_in
+        ow = tl.where(inner, w * stridew - padw, -(1 << 30))  # outside: an infinity there is no part of the sum
         a = load_tile(
             x, n * x_n + d * x_d + h * x_h + w * x_w, ci * x_c, inner[:, None] & (ci < c_in)[None, :], X_LAYOUT
         )
         b = _patches(
-            y, offset, ok, td, th, tw, n, d, h, w, w_in, d_out, h_out, w_out, strided, strideh, stridew, padd, padh, padw,
-            y_n, y_d, y_h, y_w,
-        )  # fmt: skip
+            y,
+            offset,
+            ok,
+            td,
+            th,
+            tw,
+            n,
+            d,
+            h,
+            ow,
+            d_out,
+            h_out,
+            w_out,
+            strided,
+            strideh,
+            padd,
+            padh,
+            y_n,
+            y_d,
+            y_h,
+            y_w,
+        )
         acc = matmul(tl.trans(operand(a, PRECISION)), operand(b, PRECISION), acc, PRECISION)
 
     at = co * of_channel + tap * of_tap
