@@ -312,13 +312,13 @@ def _weight_columns(
 
     g, (batch, c_in), size = geometry.groups, input.shape[:2], sizes3(input.shape[2:])
     c_in, c_out, taps = c_in // g, grad_output.shape[1] // g, geometry.taps
-    width, last = c_out * taps, order(grad_weight) == "channels"
+    width = c_out * taps
     to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
     noted.launch(
         weight_columns, splits * g * cdiv(c_in, tile.channels) * cdiv(width, tile.columns),
         input, grad_output, to, batch * prod(size), c_in, c_out, width, *size, *sizes3(grad_output.shape[2:]),
         *axis_scalars(geometry, inverse=False), *strides5(input), *strides5(grad_output),
-        *((1, c_out) if last else (taps, 1)), splits, grad_weight.numel(),
+        *_column_steps(grad_weight), splits, grad_weight.numel(),
         ALIGNED=width % 16 == 0,
         ACC=accumulator(input.dtype),
         BLOCKS=tile.blocks,
@@ -369,10 +369,9 @@ def _weight_patches(noted: Record, chosen: Plan, input, grad_output, grad_weight
     tile, splits, kind = chosen.config, chosen.splits, layout(input)
     assert isinstance(tile, patches.Patches)
     to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
-    of_column = (1, grad_output.shape[1]) if order(grad_weight) == "channels" else (geometry.taps, 1)
     noted.launch(
         patch_weight, splits * cdiv(input.shape[1], tile.channels),
-        grad_output, input, to, *_patch_scalars(input, grad_output, geometry), *of_column,
+        grad_output, input, to, *_patch_scalars(input, grad_output, geometry), *_column_steps(grad_weight),
         chosen.tiles_per_split, grad_weight.numel(),
         X_LAYOUT=kind,
         VECTOR=vector(input, kind) if kind == "width" else 1,
@@ -592,6 +591,12 @@ def order(weight) -> str:
     return _order(w_o, w_taps, weight.shape[1], weight.shape[2:])
 
 
+def _column_steps(weight) -> tuple[int, int]:
+    """How many of an input channel's (output channel, tap) pairs lie between output channels, and between taps, of a weight
+    without gaps."""
+    return (1, weight.shape[1]) if order(weight) == "channels" else (prod(weight.shape[2:]), 1)
+
+
 def _order(w_t: int, taps, c_dst: int, kernel) -> str:
     """How (destination channels, taps) of one source channel lie in memory, as kernels.pack says it."""
     k = sizes3(kernel)
@@ -709,7 +714,7 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
     w_i, last = strides5(weight)[0], order(weight) == "channels"
     planes = gcd(prod(size), 16) if input.is_contiguous() and prod(size) >= tile.pixels else 0
     tiles = batch * cdiv(prod(size), tile.pixels) if planes else cdiv(pixels, tile.pixels)
-    of_column = (1, c_out) if last else (taps, 1)
+    of_column = _column_steps(weight)
     constants = dict(
         SRC_LAYOUT=layout(input, g),
         PLANES=planes,

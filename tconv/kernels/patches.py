@@ -81,28 +81,8 @@ def patch_input(
             first, c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, BLOCK_K
         )
         a = _patches(
-            y,
-            offset,
-            ok,
-            td,
-            th,
-            tw,
-            n,
-            d,
-            h,
-            ow,
-            d_out,
-            h_out,
-            w_out,
-            strided,
-            strideh,
-            padd,
-            padh,
-            y_n,
-            y_d,
-            y_h,
-            y_w,
-        )
+            y, offset, ok, td, th, tw, n, d, h, ow, d_out, h_out, w_out, strided, strideh, padd, padh, y_n, y_d, y_h, y_w
+        )  # fmt: skip
         of = co.to(tl.int64) * w_o + tap // (kh * kw) * w_d + tap // kw % kh * w_h + tap % kw * w_w
         b = tl.load(
             weight + of[:, None] + ci.to(tl.int64)[None, :] * w_i, mask=ok[:, None] & (ci < c_in)[None, :], other=0.0
@@ -156,28 +136,8 @@ def patch_weight(
             x, n * x_n + d * x_d + h * x_h + w * x_w, ci * x_c, inner[:, None] & (ci < c_in)[None, :], X_LAYOUT
         )
         b = _patches(
-            y,
-            offset,
-            ok,
-            td,
-            th,
-            tw,
-            n,
-            d,
-            h,
-            ow,
-            d_out,
-            h_out,
-            w_out,
-            strided,
-            strideh,
-            padd,
-            padh,
-            y_n,
-            y_d,
-            y_h,
-            y_w,
-        )
+            y, offset, ok, td, th, tw, n, d, h, ow, d_out, h_out, w_out, strided, strideh, padd, padh, y_n, y_d, y_h, y_w
+        )  # fmt: skip
         acc = matmul(tl.trans(operand(a, PRECISION)), operand(b, PRECISION), acc, PRECISION)
 
     at = co * of_channel + tap * of_tap
