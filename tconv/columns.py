@@ -1,5 +1,5 @@
 """The column kernels' tiles (kernels/columns.py), and which problems they take: those that are mostly reading the weight, or
-writing its gradient, and forward passes of few output channels, or of narrow layers each of whose outputs has one tap.
+writing its gradient, and forward passes of few output channels.
 
 Pure integers, from a layer's sizes; neither torch nor Triton.  The times are estimates for an H100, two to four times below
 what was measured (docs/kernels.md), as are those that they are compared with.
@@ -7,11 +7,10 @@ what was measured (docs/kernels.md), as are those that they are compared with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
-from .geometry import Geometry
 
 MOST_PIXELS = 384  # of all samples; beyond, multiplications take the time, and other kernels' tiles are better for them
 MOST_PRODUCTS = 3 << 29  # with 3.3e9 (200 pixels, 1536 to 768 channels, k14) the shift kernel took 119 us, this one 150
@@ -43,23 +42,6 @@ class Columns:
     def describe(self) -> str:
         return (
             f"{self.columns} columns x {self.pixels} pixels x {self.channels} channels, "
-            f"{self.num_warps} warps, {self.num_stages} stages"
-        )
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """A tile of the GEMM whose products are the outputs themselves."""
-
-    columns: int
-    pixels: int
-    channels: int
-    num_warps: int
-    num_stages: int
-
-    def describe(self) -> str:
-        return (
-            f"{self.columns} columns x {self.pixels} pixels x {self.channels} channels, scattered, "
             f"{self.num_warps} warps, {self.num_stages} stages"
         )
 
@@ -119,40 +101,11 @@ def packed(weight: int, streamed: int, splits: int) -> float:
     return (2 + (splits > 1)) * START + 2 * weight / MEMORY + max(weight / MEMORY, streamed / STREAM)
 
 
-# Where no output has two taps, products are the outputs.
-NARROW, NARROW_IN = 128, 16  # columns of a layer of many pixels: one tile's, so that the input is read once; channels
-
-
-def scatters(geometry: Geometry, size: tuple[int, ...]) -> bool:
-    """Whether every output has one tap: kernel = stride, or one input pixel, along each axis.  size: the input's."""
-    return not any(geometry.output_padding) and all(
-        (a.dilation == 1 or a.kernel == 1) and (n == 1 or a.kernel == a.stride) for a, n in zip(geometry.axes, size)
-    )
-
-
-def scatter(columns: int, c_in: int, element_size: int, target: Target) -> Scatter:
-    """The tile.  A thread has at most 16 outputs, since each has its own address: with 64, of 64 pixels, 0.6 to 1.5 KB of
-    spills."""
-    block_n = power_of_two(columns, 16, 128)
-    block_k, stages = _depth(c_in, element_size, target)
-    return Scatter(block_n, 32, block_k, 8 if block_n == 128 else 4, stages)
-
-
-def scattered(
-    tile: Scatter, groups: int, c_in: int, columns: int, pixels: int, element_size: int, target: Target
-) -> float:
-    """Nanoseconds by the estimate."""
-    weight = groups * c_in * columns * element_size
-    stage = (tile.pixels + tile.columns) * tile.channels * element_size
-    steps, whole = cdiv(c_in, tile.channels), groups * cdiv(columns, tile.columns) * cdiv(pixels, tile.pixels)
-    rounds = cdiv(whole, RESIDENT * target.processors)
-    return START + max(weight / MEMORY, whole * steps * stage / L2, rounds * steps * stage / STREAM)
-
-
 # The forward pass of few output channels: all taps of all of them are the columns of one product, which reads the input once.
 FEW_OUT = 8
 # One tile's; as many multiplications of zeros as products take the time beyond, and with tf32x3 sooner.
 FEW_COLUMNS, FEW_COLUMNS_TF32X3 = 128, 64
+FEW_PIXELS = 64  # of a tile
 FEW_BYTES = 6  # that columns are written and read, for each byte of input
 
 
@@ -171,13 +124,18 @@ def of_few(
     if 2 * 4 * columns > FEW_BYTES * c_in * element_size:
         return None
     block_k, stages = _depth(c_in, element_size, target)
-    pixels_most = 64 if element_size == 2 else 32
-    return Columns(power_of_two(columns, 16, FEW_COLUMNS), pixels_most, block_k, 512, 4, stages)
+    tile = Columns(power_of_two(columns, 16, FEW_COLUMNS), FEW_PIXELS, block_k, 512, 4, stages)
+    if how == "tf32x3":
+        return replace(tile, pixels=FEW_PIXELS // 2)
+    # Of many pixels tiles are wide, so that the weight is read less often; through registers, where it is rounded, it takes long.
+    if how == "tf32" and pixels >= 4 * FEW_PIXELS * 2 * target.processors:
+        return replace(tile, pixels=4 * FEW_PIXELS, num_warps=8, num_stages=2)
+    return replace(tile, num_stages=2) if c_in <= 2 * block_k else tile  # with few steps, room for more programs is better
 
 
 # The gradient of the weight.
 UNROLL = 4  # pixels whose loads are on their way together
-FEW_PIXELS = 40  # fp32 sums so short have no tensor core to go to (problem.IEEE_PRODUCTS)
+SHORT = 40  # fp32 sums of fewer pixels have no tensor core to go to (problem.IEEE_PRODUCTS)
 # Beyond, and in 16 bits, the CUDA cores' products must be few beside what there is to write.
 FEW_FLOATS, FEW_HALVES, FEW_PRODUCTS = 64, 16, 1 << 28
 
@@ -204,7 +162,7 @@ def of_weight(
     """
     weight = groups * c_in * columns
     is_half = element_size == 2
-    short = pixels < FEW_PIXELS and not is_half
+    short = pixels < SHORT and not is_half
     few = short or (pixels <= (FEW_HALVES if is_half else FEW_FLOATS) and pixels * weight <= FEW_PRODUCTS)
     if large or not few or weight < activations or weight * element_size < LEAST_WEIGHT:
         return None

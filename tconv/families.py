@@ -7,12 +7,12 @@ why it does not take the pass, empty where that needs no mention.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
-from . import columns, configs, few, long, patches, shift
+from . import columns, configs, few, long, shift
 from .configs import Target, cdiv
 from .problem import HALF, TF32_PRODUCTS, Plan, Problem
 
@@ -47,6 +47,7 @@ LEFT = {
 # exact sum have 3e-4.  So they get parts of the batch of about so many products, and the parts are added in fp32; what has a
 # batch of few large images keeps long chains.  Not in 16 bits: each part would be rounded, which costs what the chain costs.
 LEFT_PRODUCTS, MOST_LEFT_PARTS = 1 << 16, 16
+LEFT_READ = 64  # products for each element of an output's gradient
 
 
 def _may_leave(asked: Asked) -> bool:
@@ -87,8 +88,10 @@ def left_gradient(asked: Asked) -> Plan | str:
         # With TF32 allowed cuDNN decides where to use it, as it does for torch; but its choice for torch is fp32 for long sums.
         if not (half or p.is_direct or (p.tf32 and p.products <= TF32_PRODUCTS)):
             return ""
-        # At TF32 a copy pays where the gradient of the weight shares it, and costs little by itself where there are strides.
-        arranged = arranged and (half or (asked.how == "tf32" and max(p.geometry.stride) > 1))
+        # At TF32 a copy pays where the gradient of the weight shares it, and costs little by itself where there are strides; but with
+        # few products for each element of the gradient cuDNN reads it as it lies (2.5 ps for 64, by what an H200 took).
+        many = p.geometry.groups == 1 and p.c_in * p.geometry.taps > LEFT_READ * prod(p.geometry.stride)
+        arranged = arranged and (half or (asked.how == "tf32" and max(p.geometry.stride) > 1 and many))
         return Plan("aten", LEFT[p.direction], arranged=arranged and prod(p.input_size) % piece == 0)
     # cuDNN's deterministic algorithms truncate some layers' operands to TF32: they get rounded ones, and no layer
     # that is to have better than TF32.
@@ -111,10 +114,7 @@ def few_outputs(asked: Asked) -> Plan | str:
     if p.direction != "forward" or geometry.groups > 1 or asked.without("columns"):
         return ""
     sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
-    tile: columns.Columns | columns.Scatter | None
     tile = columns.of_few(*sizes, asked.how, p.large, p.weight, asked.target)
-    if tile and columns.scatters(geometry, p.input_size):
-        tile = columns.scatter(p.c_out * geometry.taps, p.c_in, p.dtype.itemsize, asked.target)
     return Plan("columns", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
 
 
@@ -179,12 +179,7 @@ def reading_weight(asked: Asked) -> Plan | str:
     sizes = g, c_in, c_out * p.geometry.taps, p.pixels, p.dtype.itemsize
     if refused := columns.refuse(*sizes, p.large, p.weight):
         return refused
-    tile: columns.Columns | columns.Scatter
     tile, splits, time = columns.choose(*sizes, asked.target)
-    if columns.scatters(p.geometry, p.input_size):
-        at_once = columns.scatter(sizes[2], c_in, p.dtype.itemsize, asked.target)
-        if (estimate := columns.scattered(at_once, *sizes, asked.target)) <= time:
-            tile, splits, time = at_once, 1, estimate
     other, parts = _gather_gemm(asked)
     steps = cdiv(p.most_taps * cdiv(c_in, other.block_k), parts)
     streamed = steps * (other.block_m + other.block_n) * other.block_k * p.dtype.itemsize
@@ -214,6 +209,7 @@ def shifted(asked: Asked) -> Plan | str:
     if not chosen or (chosen[2] > 1 and g > 1 and p.batch > 1):  # a group's part of the output is not dense then
         return "none of the shift kernel's tiles fits or fills the GPU"
     tile, arranged, splits = chosen
+    tile = replace(tile, raw=shift.takes_raw(tile, p.weight))
     return Plan("shift", asked.why, asked.how, tile, splits, arranged=arranged)
 
 
@@ -228,37 +224,6 @@ def long_strides(asked: Asked) -> Plan | str:
     tile, splits = long.choose(p.direction, p.geometry, p.batch, *p.channels, p.input_size, asked.target)
     neighbours = "phases" if p.direction == "forward" else "taps"
     return Plan("long", f"{asked.why}; with such strides {neighbours} lie side by side", "", tile, splits)
-
-
-def few_outputs_gradient(asked: Asked) -> Plan | str:
-    """The patch kernels, for gradients of layers of few output channels."""
-    p, taps = asked.problem, asked.problem.geometry.taps
-    if p.direction == "forward" or p.geometry.groups > 1 or asked.without("patches"):
-        return ""
-    row, width = p.input_size[-1], p.c_out * taps
-    if not patches.takes(p.c_in, p.c_out, taps, row, p.pixels, asked.how, p.large, asked.target):
-        return ""
-    why = f"{asked.why}; so few that all taps are one product"
-    if p.direction == "backward_input":
-        return Plan("patches", why, asked.how, patches.of_input(p.c_in, width, row))
-    return Plan("patches", why, asked.how, *patches.of_weight(p.c_in, width, p.pixels // row, row, asked.target))
-
-
-def narrow(asked: Asked) -> Plan | str:
-    """The column kernels, for a forward pass of which each output has one tap and all taps fit into one tile."""
-    p, width = asked.problem, asked.problem.c_out * asked.problem.geometry.taps
-    if (
-        p.direction != "forward"
-        or p.geometry.groups > 1
-        or p.large
-        or p.weight == "strided"
-        or asked.without("columns")
-    ):
-        return ""
-    if p.c_in < columns.NARROW_IN or width > columns.NARROW or not columns.scatters(p.geometry, p.input_size):
-        return ""
-    tile = columns.scatter(width, p.c_in, p.dtype.itemsize, asked.target)
-    return Plan("columns", f"{asked.why}; each output has one tap", asked.how, tile)
 
 
 def direct(asked: Asked) -> Plan | str:
@@ -330,10 +295,8 @@ FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
     left_product,
     shifted,
     long_strides,
-    few_outputs_gradient,
     left_groups,
     left_gradient,
-    narrow,
     few_beside_portable,
     direct,
     portable,

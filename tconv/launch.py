@@ -14,7 +14,7 @@ from math import gcd, prod
 
 import torch
 
-from . import aten, columns, configs, few, long, patches, record, shift
+from . import aten, columns, configs, few, long, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import INTERPRET, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
@@ -141,7 +141,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
         is_large(source, geometry) or (destination is not None and is_large(destination, geometry)),
         all(t is None or t.is_contiguous(memory_format=_suggested(t)) for t in (source, destination)),
         (layout(source) == "vectors", destination is not None and layout(destination) == "vectors"),
-        "" if weight is None else order(weight),
+        "" if weight is None else _lies(weight),
     )
 
 
@@ -199,8 +199,6 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
             gather_few(noted, chosen, grad_output, weight, None, grad_input, geometry, False)
         elif chosen.family == "long":
             _input_long(noted, chosen, grad_output, weight, grad_input, geometry)
-        elif chosen.family == "patches":
-            _input_patches(noted, chosen, grad_output, weight, grad_input, geometry)
         else:
             gather(noted, chosen, grad_output, weight, None, grad_input, geometry, False, problem.large)
     return noted.keep(key)
@@ -231,9 +229,6 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     with on_device(input):
         if isinstance(chosen.config, columns.WeightColumns):
             _weight_columns(noted, chosen.config, chosen.splits, input, grad_output, grad_weight, geometry)
-            return noted.keep(key)
-        if chosen.family == "patches":
-            _weight_patches(noted, chosen, input, grad_output, grad_weight, geometry)
             return noted.keep(key)
         pairs = c_in * (c_out // g)
         partials = noted.workspace((chosen.splits, geometry.taps, pairs), of_partials(input.dtype), input)
@@ -331,62 +326,6 @@ def _weight_columns(
         _sum_splits(noted, to, grad_weight)
 
 
-def _patch_scalars(input, grad_output, geometry: Geometry) -> tuple[int, ...]:
-    """What both patch kernels are told; 1-d and 2-d layers run as 3-d ones."""
-    channels, sizes = (input.shape[1], grad_output.shape[1]), (input.shape[2:], grad_output.shape[2:])
-    axes = sizes3(geometry.kernel)[1:], (geometry.taps,), axis_scalars(geometry, inverse=False)[3:]
-    return (
-        input.shape[0], *channels, *sizes3(sizes[0]), *sizes3(sizes[1]), *(n for each in axes for n in each),
-        *strides5(input), *strides5(grad_output),
-    )  # fmt: skip
-
-
-def _input_patches(noted: Record, chosen: Plan, grad_output, weight, grad_input, geometry: Geometry) -> None:
-    """Launch the patch kernel of backward_input."""
-    from .kernels.patches import patch_input
-
-    tile, size = chosen.config, grad_input.shape[2:]
-    assert isinstance(tile, patches.Patches)
-    tiles = grad_input.shape[0] * prod(size[:-1]) * cdiv(size[-1], tile.pixels)
-    noted.launch(
-        patch_input, tiles * cdiv(grad_input.shape[1], tile.channels),
-        grad_output, weight, grad_input, *_patch_scalars(grad_input, grad_output, geometry), *strides5(weight),
-        X_LAYOUT=layout(grad_input),
-        PRECISION=chosen.precision,
-        ACC=accumulator(grad_input.dtype),
-        BLOCK_M=tile.pixels,
-        BLOCK_N=tile.channels,
-        BLOCK_K=tile.columns,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )  # fmt: skip
-
-
-def _weight_patches(noted: Record, chosen: Plan, input, grad_output, grad_weight, geometry: Geometry) -> None:
-    """Launch the patch kernel of backward_weight, and what adds its parts."""
-    from .kernels.patches import patch_weight
-
-    tile, splits, kind = chosen.config, chosen.splits, layout(input)
-    assert isinstance(tile, patches.Patches)
-    to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
-    noted.launch(
-        patch_weight, splits * cdiv(input.shape[1], tile.channels),
-        grad_output, input, to, *_patch_scalars(input, grad_output, geometry), *_column_steps(grad_weight),
-        chosen.tiles_per_split, grad_weight.numel(),
-        X_LAYOUT=kind,
-        VECTOR=vector(input, kind) if kind == "width" else 1,
-        PRECISION=chosen.precision,
-        ACC=accumulator(input.dtype),
-        BLOCK_M=tile.channels,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.pixels,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        _sum_splits(noted, to, grad_weight)
-
-
 def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
     """A dense tensor rounded to TF32, in its memory format."""
     from .kernels.copies import round_dense
@@ -398,8 +337,8 @@ def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
 
 
 def channels_last(t) -> torch.Tensor:
-    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost; in fp32 rounded to TF32.  1-d ones
-    have a height of 1 then."""
+    """A contiguous activation's or weight's copy with its second dimension, whole pieces of 16 bytes, innermost; in fp32 rounded
+    to TF32.  Those of 1-d layers have a height of 1 then."""
     key = "channels_last", record.facts(t)
     if known := record.find(key):
         return known.again(t)
@@ -436,7 +375,7 @@ def _of_gradient(t) -> torch.Tensor:
 
 
 def contiguous(t) -> torch.Tensor:
-    """A dense channels_last activation's contiguous copy; its pixels are whole pieces of 16 bytes."""
+    """The contiguous copy of a dense channels_last activation or weight; its pixels, or taps, are whole pieces of 16 bytes."""
     key = "contiguous", record.facts(t)
     if known := record.find(key):
         return known.again(t)
@@ -451,8 +390,8 @@ def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool) -
     from .kernels.copies import arrange
 
     piece = 16 // t.element_size()
-    block_p = power_of_two(columns, 16, 64)
-    block_c = power_of_two(rows, 16, 4096 // block_p)
+    block_c = power_of_two(rows, 16, 4096 // power_of_two(columns, 16, 64))
+    block_p = power_of_two(columns, 16, 4096 // block_c)
     with on_device(t):
         noted.launch(
             arrange, t.shape[0] * cdiv(columns, block_p) * cdiv(rows, block_c),
@@ -462,25 +401,35 @@ def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool) -
         )  # fmt: skip
 
 
-# cuDNN's kernels want channels_last, and of contiguous tensors it makes copies of its own, which take longer.
+# cuDNN's kernels want channels_last, and of contiguous tensors it makes copies of its own, which take longer; torch's, of a weight
+# and its gradient, take longer still.
 def _backward_input_of_copies(function, size, grad_output, weight) -> torch.Tensor:
-    """What function, of aten.backward_input, makes of a channels_last copy; of that size."""
+    """What function, of aten.backward_input, makes of channels_last copies; of that size."""
     copy = _of_gradient(grad_output)
+    if weight.is_contiguous() and prod(weight.shape[2:]) > 1:
+        weight = channels_last(weight)
     size = size if len(size) > 3 else (*size[:2], 1, size[2])
     like = torch.empty(size, dtype=copy.dtype, device=copy.device, memory_format=_suggested(copy))
     made = function(copy, weight, like)
     del like  # its memory is the contiguous copy's
-    return contiguous(made) if made.movedim(1, -1).is_contiguous() else made
+    return _contiguous_if_whole(made)
 
 
 def _backward_weight_of_copies(function, grad_output, input, like) -> torch.Tensor:
     """What function, of aten.backward_weight, makes of channels_last copies."""
-    return function(_of_gradient(grad_output), channels_last(input), like)
+    return _contiguous_if_whole(function(_of_gradient(grad_output), channels_last(input), like))
 
 
-def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bool) -> None:
+def _contiguous_if_whole(t) -> torch.Tensor:
+    """A dense channels_last tensor as a contiguous one, if `contiguous` takes it."""
+    whole = prod(t.shape[2:]) % (16 // t.element_size()) == 0
+    return contiguous(t) if whole and t.movedim(1, -1).is_contiguous() else t
+
+
+def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bool, packing: bool) -> None:
     """Write a dense activation as [image, plane, row, pixel, channel], with zeros up to arranged's size, rounded if it is to be
-    TF32: what bulk copies take.  Launched next after a weight's packing, beside which it runs and after which it ends."""
+    TF32: what bulk copies take.  packing: whether it is launched next after a weight's packing, beside which it runs and after
+    which it ends."""
     from .kernels.copies import arrange
 
     channels, size, (batch, *padded, pitch) = t.shape[1], sizes3(t.shape[2:]), arranged.shape
@@ -494,7 +443,7 @@ def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bo
         arrange, grid, t, arranged, pixels, channels, pitch // piece, *size[1:], *padded[1:], prod(padded),
         LAST=last, ROUND=is_tf32, VECTOR=gcd(along, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c, PADDED=is_padded,
         OVERLAPS=True,
-        **OVERLAPPING,
+        **(OVERLAPPING if packing else {}),
     )  # fmt: skip
 
 
@@ -595,6 +544,14 @@ def _column_steps(weight) -> tuple[int, int]:
     """How many of an input channel's (output channel, tap) pairs lie between output channels, and between taps, of a weight
     without gaps."""
     return (1, weight.shape[1]) if order(weight) == "channels" else (prod(weight.shape[2:]), 1)
+
+
+def _lies(weight) -> str:
+    """Problem.weight of a weight."""
+    lies, c_out = order(weight), weight.shape[1]
+    inside = lies == "channels" or (lies == "taps" and prod(weight.shape[2:]) == 1)
+    whole = all(n % 16 == 0 for n in (weight.data_ptr(), *(weight.element_size() * n for n in (c_out, weight.stride(0)))))
+    return "pieces" if inside and whole else lies
 
 
 def _order(w_t: int, taps, c_dst: int, kernel) -> str:
@@ -704,10 +661,10 @@ def _input_long(noted: Record, chosen: Plan, grad_output, weight, grad_input, ge
 
 def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
     """Launch the column kernels: the products of all pixels with the whole weight, and what of them each output sums."""
-    from .kernels.columns import add_columns, column_gemm, scatter_gemm
+    from .kernels.columns import add_columns, column_gemm
 
     tile, g, batch, taps = chosen.config, geometry.groups, input.shape[0], geometry.taps
-    assert isinstance(tile, columns.Columns | columns.Scatter)
+    assert isinstance(tile, columns.Columns)
     c_in, c_out = input.shape[1] // g, output.shape[1] // g
     size, out = sizes3(input.shape[2:]), sizes3(output.shape[2:])
     pixels, width = batch * prod(size), c_out * taps
@@ -715,10 +672,15 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
     planes = gcd(prod(size), 16) if input.is_contiguous() and prod(size) >= tile.pixels else 0
     tiles = batch * cdiv(prod(size), tile.pixels) if planes else cdiv(pixels, tile.pixels)
     of_column = _column_steps(weight)
-    constants = dict(
+    partials = noted.workspace((chosen.splits, pixels, g * width), of_partials(input.dtype), input)
+    by_pixel = not last and size[2] >= columns.RUN
+    noted.launch(
+        column_gemm, chosen.splits * g * cdiv(width, tile.columns) * tiles,
+        input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
         SRC_LAYOUT=layout(input, g),
         PLANES=planes,
         ALIGNED=w_i % 16 == 0 and width % 16 == 0,
+        BY_PIXEL=by_pixel,
         PRECISION=chosen.precision,
         ACC=accumulator(input.dtype),
         BLOCK_M=tile.pixels,
@@ -726,42 +688,22 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
         BLOCK_K=tile.channels,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-    )
-    if isinstance(tile, columns.Scatter):
-        to = layout(output, g)
-        run = 1 if last else taps if to in ("channels", "vectors") else geometry.kernel[-1]
-        noted.launch(
-            scatter_gemm, g * cdiv(width, tile.columns) * tiles,
-            input, weight, output if bias is None else bias, output, pixels, c_in, c_out, width, g, *size, *out,
-            *sizes3(geometry.kernel)[1:], taps, *axis_scalars(geometry, inverse=False)[3:9],
-            *strides5(input), *strides5(output), w_i, *of_column,
-            DST_LAYOUT=to,
-            HAS_BIAS=bias is not None,
-            RUN=run if tile.columns % run == 0 else 1,
-            WHOLE=not any(geometry.padding),
-            **constants,
-        )  # fmt: skip
-        return
-    partials = noted.workspace((chosen.splits, pixels, g * width), of_partials(input.dtype), input)
-    by_pixel = not last and size[2] >= columns.RUN
-    noted.launch(
-        column_gemm, chosen.splits * g * cdiv(width, tile.columns) * tiles,
-        input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
-        BY_PIXEL=by_pixel,
-        **constants,
     )  # fmt: skip
     most = [min(a.most_taps, cdiv(n, a.dilation // a.gcd)) for a, n in zip(geometry.axes3, size)]
     phases = prod(min(o, a.stride) for o, a in zip(out, geometry.axes3))
-    of_phase = batch * c_out * g * prod(cdiv(o, a.stride) for o, a in zip(out, geometry.axes3))
+    *rows, row = (cdiv(o, a.stride) for o, a in zip(out, geometry.axes3))
+    row, rows = (c_out * g, batch * row * prod(rows)) if last else (row, batch * c_out * g * prod(rows))
+    along = power_of_two(row, 16, tile.outputs)
     noted.launch(
-        add_columns, phases * cdiv(of_phase, tile.outputs),
+        add_columns, phases * cdiv(row, along) * cdiv(rows, tile.outputs // along),
         partials, output if bias is None else bias, output, batch, c_out, g, *size, *out,
         *axis_scalars(geometry, inverse=True), *most, *strides5(output), *of_column,
         CHANNELS=last,
         BY_PIXEL=by_pixel,
         HAS_BIAS=bias is not None,
         SPLITS=chosen.splits,
-        BLOCK=tile.outputs,
+        ROWS=tile.outputs // along,
+        BLOCK=along,
     )  # fmt: skip
 
 
@@ -790,16 +732,23 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     if chosen.arranged:
         piece = 16 // input.element_size()
         source = noted.workspace((batch, *padded, cdiv(c_in, piece) * piece), input.dtype, input)
-    if tile.fold.phases > 1:
+    if tile.raw:
+        packed = weight
+    elif tile.fold.phases > 1:
         packed = pack_folded(noted, weight, geometry, tile)
     else:
         rows, parts = tile.fold.of_tile, PARTS.get(tile.dtype, 0)
         packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, rows, tile.kb, parts, early=True)
+    # The first launch waits for all before the call, as usual.
     if chosen.arranged:
-        _arrange(noted, input, source, tile.dtype == "tf32")
+        _arrange(noted, input, source, tile.dtype == "tf32", not tile.raw)
     x_n, x_c, x_d, x_h, x_w = strides5(source.movedim(-1, 1) if chosen.arranged else source)
-    taps, height, width = packed.shape
     w_layout, x_layout = kernels.descriptor_layouts(tile)
+    if tile.raw:
+        facts = [c_in, geometry.taps, c_out], [w_i, c_out, 1], [tile.kb, 1, shift.M], w_layout
+    else:
+        blocks, height, width = packed.shape
+        facts = [blocks * height, width], [width, 1], [shift.M, tile.kb], w_layout
     x: torch.Tensor | Described = source
     if tile.how != "threads":
         # A dimension of size 1 has no stride of its own; the descriptor wants a multiple of 16 bytes.
@@ -818,7 +767,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         x = Described(source, (shape, strides, box, x_layout, *rounding))
     noted.launch(
         kernels.shift, (walked.grid, splits),
-        x, Described(packed, ([taps * height, width], [width, 1], [shift.M, tile.kb], w_layout)),
+        x, Described(packed, facts),
         output if bias is None else bias, to,
         walked.tiles_co, walked.tiles_w, walked.image, walked.blocks, walked.tiles,
         batch, c_in, h_in, w_in, x_n, x_c, x_h, x_w,
@@ -826,7 +775,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         walked.planes, d_in, x_d, d_out, y_d, walked.of_part, output.numel(), chosen.arranged, walked.of_round, walked.spin,
         tile,
         num_warps=4 * tile.groups,
-        **OVERLAPPING,
+        **(OVERLAPPING if chosen.arranged or not tile.raw else {}),
     )  # fmt: skip
     if splits > 1:
         _sum_splits(noted, to, output)

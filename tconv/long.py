@@ -17,7 +17,7 @@ from .geometry import Geometry, sizes3
 STRIDE = 8
 # In channels_last, fewer channels than these in all: of more, neighbours are better off as channels, in the direct kernels.
 LAST_CHANNELS = 32
-# Layers for which tensor cores would do: at most so many channels on either side, from so many phases on (k64 s32 has 1024, of
+# In backward_input, layers for which tensor cores would do: at most so many channels on either side, from so many phases on (k64 s32 has 1024, of
 # which cuDNN takes 6 us each), and products, which the CUDA cores do in about 0.5 ms.
 CHANNELS, PHASES, PRODUCTS = 32, 256, 1 << 32
 SHORT = 128  # products of an fp32 sum that the forward pass adds one by one, at most (few.CHAIN has the errors)
@@ -72,15 +72,14 @@ def takes(
     products = pixels * g * c_in * c_out * geometry.taps
     if not direct and (max(channels) > CHANNELS or prod(geometry.stride) < PHASES or products > PRODUCTS):
         return False
-    if (
-        direction == "backward_weight"
-    ):  # in channels_last the direct kernel's neighbours are channels; others have tensor cores
-        return direct and width
     if direction == "backward_input":
         return True
-    # With dilation, phases have taps of their own.
+    if direction == "backward_weight":  # in channels_last the direct kernel's neighbours are channels
+        return direct and width
+    # Of 21 channels without groups (FCN-32s) the portable kernel took 191 us, this one 312.  With dilation, phases have taps of
+    # their own.
     short = half or c_in * prod(a.most_taps for a in geometry.axes) <= SHORT
-    return short and all(a.dilation == 1 for a in geometry.axes)
+    return direct and short and all(a.dilation == 1 for a in geometry.axes)
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from . import columns, few, long, patches, shift
+from . import columns, few, long, shift
 from .configs import Config, Target
 from .geometry import Geometry
 
@@ -27,6 +27,7 @@ TF32_GROUP_CHANNELS = 32
 # (1.5e-7 in root mean square) below which a short fp32 chain stays (4e-8 at 8 products).  At 48 products (L1/75) the
 # chain's largest error was the larger one, at 36 it was not.  Where TF32 is allowed, cuDNN computes such sums in fp32
 # too, unless both sides have many channels (L1/81: 32 products, 32 to 64 channels, TF32).
+# In channels_last it does not need more than TF32_GROUP_CHANNELS input channels (UNETR: 32 products, 32 to 16 channels, TF32).
 IEEE_PRODUCTS = 40
 # Longer sums take tf32x3 where TF32 is allowed: the tensor core truncates as it accumulates, and after 86,000 products
 # (FCN-32s, k64) that bias had grown to the size of TF32's own rounding.  tf32x3 adds in fp32 once a tile of K;
@@ -57,7 +58,7 @@ class Problem:
     dense: bool = True  # whether both tensors fill their memory, contiguous or channels_last
     # Whether source and destination are channels_last, their channels and strides whole vectors of 16 elements.
     whole: tuple[bool, bool] = (False, False)
-    weight: str = "taps"  # forward: how the weight lies (launch.order)
+    weight: str = "taps"  # forward: how the weight lies (launch.order), or "pieces": output channels innermost, in whole 16 bytes
 
     @property
     def channels_last(self) -> bool:
@@ -96,7 +97,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("few", "columns", "long", "patches", "shift", "gemm", "direct" or "aten"), its configuration and
+    """A decision: the kernel family ("few", "columns", "long", "shift", "gemm", "direct" or "aten"), its configuration and
     the reason."""
 
     family: str
@@ -106,11 +107,9 @@ class Plan:
         Config
         | few.Few
         | columns.Columns
-        | columns.Scatter
         | columns.WeightColumns
         | long.Phases
         | long.InputColumns
-        | patches.Patches
         | shift.Shift
         | None
     ) = None
@@ -130,6 +129,8 @@ def precision(problem: Problem, target: Target) -> str:
     products, g = problem.products, problem.geometry.groups
     short = products < IEEE_PRODUCTS
     wide = min(problem.channels) >= TF32_GROUP_CHANNELS
+    if problem.direction == "forward" and problem.whole[1] and problem.c_in % 16 == 0 and g == 1:
+        wide |= problem.c_in >= TF32_GROUP_CHANNELS
     if problem.direction == "backward_weight":
         allowed = not short and (wide or g == 1)
     else:

@@ -179,6 +179,7 @@ class Shift:
     registers: tuple[int, int]  # a thread, of the second consumer and of who brings the input
     producers: int  # warps
     partial: bool  # whether a tile sums some of the channels alone, in fp32
+    raw: bool = False  # whether blocks of weights come from the weight as it lies, in channels_last, without packing
 
     @property
     def groups(self) -> int:
@@ -240,7 +241,7 @@ class Shift:
         return (
             f"{pixels}{folded}, {self.kb} channels, "
             f"{self.stages} stages, {self.slots} blocks of weights{' (all)' if self.resident else ''}, "
-            f"{WORK[self.work]}, input by {HOW[self.how]}"
+            f"{WORK[self.work]}, input by {HOW[self.how]}{', the weight as it lies' if self.raw else ''}"
         )
 
 
@@ -616,6 +617,12 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, target:
         if bad:
             return why
     return ""
+
+
+def takes_raw(tile: Shift, weight: str) -> bool:
+    """Whether a tile's blocks of weights can come from the weight as it lies (problem.Problem.weight): wgmma takes operand A with
+    its rows innermost in 16 bits alone, and folded phases lie in places of their own."""
+    return weight == "pieces" and tile.size == 2 and tile.fold.phases == 1
 
 
 # Below this share of the tensor core's rate or of the memory's, whichever is higher, by the model above, the portable

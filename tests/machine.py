@@ -450,7 +450,7 @@ class Emulated(Record):
         if kernel is not real.shift:
             return super().launch(kernel, grid, *args, **constants)
         memories: dict = {}
-        made = [id(t) for t in self._known[-len(self._allocations) :]]
+        made = [id(t) for t in self._known[len(self._known) - len(self._allocations) :]]
 
         def ready(value):
             if isinstance(value, Described):

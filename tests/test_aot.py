@@ -27,10 +27,9 @@ from tconv.geometry import Geometry
 
 KERNELS = {
     "gemm": ("gather_gemm", "weight_gemm"),
-    "patches": ("patch_input", "patch_weight"),
     "pack": ("pack_weight",),
     "few": ("gather_few", "weight_few"),
-    "columns": ("column_gemm", "scatter_gemm", "add_columns", "weight_columns"),
+    "columns": ("column_gemm", "add_columns", "weight_columns"),
     "direct": ("gather_direct", "weight_direct"),
     "long": ("gather_phases", "input_columns"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
@@ -116,6 +115,10 @@ LAYERS = {
 
 # What only Hopper has forms of its own for: the forward pass.
 HOPPER_LAYERS = {
+    "lies-bf16-nhwc": (layer(512, 256, 4, (16, 16), 32, stride=2, padding=1), BF16, LAST, True),
+    "lies-fp16-nhwc": (layer(64, 136, 3, (64, 64), 16, padding=1), FP16, LAST, True),
+    "lies-resident-bf16-nhwc": (layer(64, 64, 2, (128, 128), 16, stride=2), BF16, LAST, True),
+    "lies-bf16-ndhwc": (layer(64, 32, 3, (16, 32, 32), 8, stride=2, padding=1, output_padding=1), BF16, LAST, True),
     "copied-fp16-nchw": (layer(1024, 512, 2, (32, 32), 8, stride=2), FP16, FIRST, True),
     "copied-tf32-nhwc": (layer(1024, 1024, 2, (48, 48), 1, stride=2), FP32, LAST, True),
     "shared-bf16-nchw": (layer(128, 256, 1, (188, 188), 4), BF16, FIRST, True),
@@ -199,6 +202,8 @@ def record(target: Target) -> list[dict]:
             x = torch.empty((batch, c_in, *size), **like, memory_format=format)
             y = torch.empty((batch, c_out, *geometry.output_size(size)), **like, memory_format=format)
             weight = torch.empty((c_in, c_out // geometry.groups, *geometry.kernel), **like)
+            if title.startswith("lies"):
+                weight = weight.contiguous(memory_format=format)
             passes = (
                 (launcher.forward, (x, weight, torch.empty(c_out, **like), geometry)),
                 (launcher.backward_input, (y, weight, size, geometry)),

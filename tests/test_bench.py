@@ -174,6 +174,12 @@ def test_judge():
     rounded = check.round_tf32(good)
     assert "allowed" in check.judge(rounded, exact, peer, "tf32")[1]
     assert check.judge(rounded, exact, peer, "tf32", lambda: rounded.double())[1] == ""
+    # A whole problem may enlarge what rounding makes; a layer does not.
+    far = exact + torch.randn(1000)
+    assert "rms error" in check.judge(far, exact, None, "tf32", lambda: exact + torch.randn(1000))[1]
+    assert check.judge(far, exact, None, "tf32", lambda: exact + torch.randn(1000), slack=20.0)[1] == ""
+    assert "rms error" in check.judge(far * 9, exact, None, "tf32", lambda: exact + torch.randn(1000), slack=20.0)[1]
+    assert "NaN" in check.judge(far * math.nan, exact, None, "tf32", lambda: far, slack=20.0)[1]
 
 
 @pytest.mark.parametrize("lead", ((2,), (0,), ()), ids=("batched", "no batch", "unbatched"))
@@ -519,7 +525,7 @@ def test_resume(capsys, no_gpu):
     code, text = out_of(capsys, *argv)
     assert code == 2 and "r.json.partial is what a stopped run left: --resume" in text
     code, text = out_of(capsys, *argv, "--quick", "--resume")
-    assert code == 2 and "was begun with other options: budget 0.25 (now 0.05)" in text
+    assert code == 2 and "was begun with other options: budget 0.15 (now 0.05)" in text
     code, text = out_of(capsys, *argv, "--resume")
     assert code == 0, text
     rows = json.loads((no_gpu / "r.json").read_text())["rows"]

@@ -197,76 +197,6 @@ def test_a_weight_with_gaps_is_left(device, always):
     assert "without gaps" in dispatch_of(x, w[:, :, 1:], None, {}).reason
 
 
-def scattered(seed):
-    """A random layer each of whose outputs has one tap, and its tensors in float64."""
-    draw = random.Random(seed)
-    ndim, groups = draw.choice((1, 2, 2, 3)), draw.choice((1, 1, 2))
-    c_in, c_out = draw.choice(((17, 5), (40, 16), (33, 12)))
-    axes = []
-    for _ in range(ndim):
-        kernel = draw.choice((1, 2, 2, 3, 4, 5))
-        one = draw.random() < 0.2
-        size = 1 if one else draw.randint(2, 12 // ndim)
-        padding = draw.randint(0, (kernel * (1 if one else size) - 1) // 2) if draw.random() < 0.4 else 0
-        axes.append((size, kernel, draw.randint(1, 3) if one else kernel, padding))
-    size, kernel, stride, padding = zip(*axes, strict=True)
-    torch.manual_seed(seed)
-    x = torch.randn(draw.choice((1, 3)), c_in * groups, *size, dtype=torch.float64)
-    weight = torch.randn(c_in * groups, c_out, *kernel, dtype=torch.float64)
-    if draw.random() < 0.3:  # channels_last
-        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
-    if ndim > 1 and draw.random() < 0.5:
-        x = x.contiguous(memory_format=LAST[x.ndim])
-    bias = torch.randn(c_out * groups, dtype=torch.float64) if draw.random() < 0.5 else None
-    return x, weight, bias, dict(stride=stride, padding=padding, groups=groups)
-
-
-@pytest.mark.parametrize("precision", ("float64", "tf32", "bfloat16"))
-@pytest.mark.parametrize("seed", range(30))
-def test_scattered_products(seed, precision, device, always, monkeypatch):
-    if precision == "float64" and device != "cpu":
-        pytest.skip("no kernels there")
-    if precision != "float64" and device == "cpu" and seed > 5:
-        pytest.skip("the interpreter is slow")
-    always()
-    monkeypatch.setattr(columns, "scattered", lambda *_: -1.0)
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    dtype = getattr(torch, precision, torch.float32)
-    x, w, b, options = scattered(seed)
-    x, w, b = (None if t is None else t.to(device, dtype) for t in (x, w, b))
-    with dispatch.without("few", "long", "aten"):
-        plan = dispatch_of(x, w, b, options)
-        assert isinstance(plan.config, columns.Scatter), plan
-        actual, again = (TCONV[x.ndim - 2](x, w, b, **options) for _ in range(2))
-    exact = oracle(x.ndim - 2, x, w, b, torch.zeros_like(actual), tf32=plan.precision == "tf32", **options)[0]
-    assert errors(actual, exact)[1] < {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
-    assert torch.equal(actual, again)
-
-
-@pytest.mark.parametrize(
-    "args, options, last, dtype, taken",
-    [
-        ((32, 16, 2, (48, 48, 48), 4), dict(stride=2), True, torch.float32, True),  # too short a sum for TF32
-        ((32, 14, 1, (128, 128, 128), 2), {}, True, torch.float32, True),
-        ((768, 384, 2, (3, 3, 3), 4), dict(stride=2), True, torch.float32, True),  # few pixels
-        ((1024, 512, 3, (1, 1), 128), {}, True, torch.bfloat16, True),
-        ((64, 1, 2, (320, 320), 16), dict(stride=2), False, torch.float32, True),  # few output channels
-        ((32, 16, 2, (48, 48, 48), 4), dict(stride=2, output_padding=1), True, torch.float32, False),
-        ((32, 16, 3, (48, 48, 48), 4), dict(stride=2), True, torch.float32, False),
-        ((32, 24, 2, (48, 48, 48), 4), dict(stride=2), True, torch.float32, False),  # more than one tile
-        ((256, 128, 2, (56, 56), 16), dict(stride=2), False, torch.bfloat16, False),  # the shift kernel's
-    ],
-)
-def test_which_products_are_scattered(args, options, last, dtype, taken):
-    batch, c_in, c_out, size, geometry = layer(*args, **options)
-    source = "vectors" if last else "width"
-    destination = "channels" if last and c_out % 16 else source
-    problem = Problem("forward", geometry, batch, c_in, c_out, size, dtype, True, source, destination)
-    plan = dispatch.plan(problem, HOPPER)
-    assert isinstance(plan.config, columns.Scatter) == taken, plan
-    assert not taken or "scattered" in plan.config.describe()
-
-
 @pytest.fixture
 def many_pixels(monkeypatch):
     """A few are many."""
@@ -351,7 +281,7 @@ def test_splits_share_the_steps():
 def always_weights(monkeypatch):
     """The kernel takes every weight's gradient but those of few channels."""
     of_weight = columns.of_weight
-    for name, value in dict(LEAST_WEIGHT=0, FEW_PIXELS=1 << 20, FEW_HALVES=1 << 20).items():
+    for name, value in dict(LEAST_WEIGHT=0, SHORT=1 << 20, FEW_HALVES=1 << 20).items():
         monkeypatch.setattr(columns, name, value)
     monkeypatch.setattr(columns, "of_weight", lambda *args: of_weight(*args[:4], 0, *args[5:]))
     dispatch.plan.cache_clear()
@@ -448,45 +378,6 @@ def test_gradients_of_weights_on_a_gpu(args, options, precision, last):
     exact = oracle(geometry.ndim, x, w, None, grad, **options)[2]
     assert errors(actual, exact)[1] < {torch.float32: 2e-7, torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
     assert torch.equal(actual, gradient(x, w, grad, options)[1])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
-@pytest.mark.parametrize(
-    "args, options",
-    [
-        ((32, 16, 2, (48, 48, 48), 4), dict(stride=2)),
-        ((32, 20, 2, (256, 512), 2), dict(stride=2)),
-        ((33, 14, 1, (64, 65, 66), 2), {}),
-        ((768, 384, 2, (3, 3, 3), 4), dict(stride=2)),
-        ((1024, 512, 3, (1, 1), 128), {}),
-        ((512, 512, 4, (1, 1), 1), dict(stride=2, padding=1)),
-    ],
-    ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
-)
-def test_scattered_products_on_a_gpu(args, options, precision, last):
-    """At full size, whatever the plan, on the column kernels, no worse than torch; the same bits every time."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    dtype = getattr(torch, precision, torch.float32)
-    batch, c_in, c_out, size, geometry = layer(*args, **options)
-    n = geometry.ndim
-    x = torch.randn(batch, c_in, *size, device="cuda").to(dtype)
-    w = (torch.randn(c_in, c_out, *geometry.kernel, device="cuda") / c_in**0.5).to(dtype)
-    b = torch.randn(c_out, device="cuda").to(dtype)
-    if last and n > 1:
-        x = x.contiguous(memory_format=LAST[x.ndim])
-    with dispatch.without("few", "shift", "aten"):
-        plan = dispatch_of(x, w, b, options)
-        actual, again = (TCONV[n](x, w, b, **options) for _ in range(2))
-    assert plan.family == "columns", plan
-    if plan.precision == "tf32":
-        expected = oracle(n, x, w, b, torch.zeros_like(actual), tf32=True, **options)[0]
-        assert errors(actual, expected)[1] < 4e-6
-    else:
-        exact = ATEN[n](x.double(), w.double(), b.double(), **options)
-        assert_no_worse(actual, exact, ATEN[n](x, w, b, **options), str(plan))
-    assert torch.equal(actual, again)
 
 
 @pytest.mark.gpu

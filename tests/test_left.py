@@ -112,7 +112,7 @@ def test_cudnn_switched_off(device):
 def test_without(device):
     """without() holds in every thread, for new kinds of calls and for known ones, and ends."""
     with (
-        pytest.raises(ValueError, match="expected few, columns, long, patches, shift or aten, got 'gemm'"),
+        pytest.raises(ValueError, match="expected few, columns, long, shift or aten, got 'gemm'"),
         dispatch.without("gemm"),
     ):
         pass
@@ -156,7 +156,8 @@ def test_gradients(case, last, device, leaving, monkeypatch):
             assert (actual.dtype, actual.shape, actual.stride()) == (promised.dtype, promised.shape, promised.stride())
             assert errors(actual, expected)[1] < 2e-3
     if device == "cuda":  # the interpreter's launches are not repeated
-        assert len(record._records) == known == 2
+        assert len(record._records) == known
+        assert {key[0] for key in record._records} >= {"backward_input", "backward_weight"}  # copies have their own
 
 
 COPIED = [
@@ -175,6 +176,7 @@ def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
     """Gradients of contiguous tensors by way of channels_last copies, and in parts of the batch; at a second call, too."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     monkeypatch.setattr(families, "LEFT_PRODUCTS", 16)
+    monkeypatch.setattr(families, "LEFT_READ", 0)
     monkeypatch.setattr(problem, "TF32_GROUP_CHANNELS", 8)
     dispatch.plan.cache_clear()
     record.forget()
@@ -186,7 +188,7 @@ def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
         explained = tconv.explain(*tensors[:3], **case.layer)
         _, of_input, of_weight = (p.plan for p in explained.passes)
         assert (of_input.family, of_weight.family) == ("aten", "aten")
-        assert of_input.arranged == (whole and "pixels" not in case.id)
+        assert of_input.arranged == (whole and "pixels" not in case.id and (half or case.id != "groups"))
         assert of_weight.arranged == whole
         assert of_weight.splits == (1 if half else case.input[0])
         assert ("of channels_last copies" in str(explained)) == whole
@@ -220,6 +222,8 @@ def test_copies_are_shared(dtype, device, leaving, monkeypatch):
     copied = []
     made = launch.channels_last
     monkeypatch.setattr(launch, "channels_last", lambda t, *about: copied.append(t.shape) or made(t, *about))
+    monkeypatch.setattr(families, "LEFT_READ", 0)
+    dispatch.plan.cache_clear()
     input, weight, _, grad = make(COPIED[1], dtype, device)
     stride, padding, output_padding = (2, 2), (1, 1), (1, 1)
     layer = stride, padding, output_padding, 1, (1, 1)
@@ -228,10 +232,11 @@ def test_copies_are_shared(dtype, device, leaving, monkeypatch):
         output = tconv.conv_transpose2d(*leaves, None, *layer)
         copied.clear()
         results = torch.autograd.grad(output, leaves, grad)
-        assert copied == [grad.shape, input.shape]
+        assert copied == [grad.shape, weight.shape, input.shape]
         assert torch.equal(results[0], torch.ops.tconv.backward_input(grad, weight, list(input.shape[2:]), *layer))
         assert torch.equal(results[1], torch.ops.tconv.backward_weight(grad, input, list(weight.shape[2:]), *layer))
-        assert copied == [grad.shape, input.shape, grad.shape, grad.shape, input.shape]
+        assert copied == [grad.shape, weight.shape, input.shape] + [grad.shape, weight.shape] + [grad.shape, input.shape]
+    dispatch.plan.cache_clear()
 
 
 @pytest.mark.parametrize(

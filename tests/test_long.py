@@ -66,7 +66,7 @@ def test_random_layers(seed, device, ieee):
     is_direct = options["groups"] > 1  # groups here have at most 4 channels
     along_width = explained[2].problem.destination == "width"
     taken = [each.plan.family == "long" for each in explained]
-    assert taken == [max(options["dilation"]) == 1, True, is_direct and along_width], explained
+    assert taken == [is_direct and max(options["dilation"]) == 1, True, is_direct and along_width], explained
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)
@@ -98,7 +98,7 @@ def test_nan_and_inf(kernel, where, value, device, ieee):
         ((21, 21, 64, (16, 16), 1), dict(stride=32, padding=16, groups=21), False, "all"),
         ((21, 21, 64, (16, 16), 1), dict(stride=32, padding=16, groups=21), True, "forward backward_input"),
         ((21, 21, 16, (64, 64), 4), dict(stride=8, padding=4, groups=21), False, "all"),
-        ((21, 21, 64, (12, 16), 1), dict(stride=32), True, "forward backward_input"),
+        ((21, 21, 64, (12, 16), 1), dict(stride=32), True, "backward_input"),
         ((21, 21, 64, (12, 16), 1), dict(stride=32, dilation=2), True, "backward_input"),
         ((21, 21, 64, (12, 16), 512), dict(stride=32), True, ""),  # too many products
         ((16, 16, 16, (32, 32), 1), dict(stride=8), True, ""),  # too few phases

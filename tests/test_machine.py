@@ -82,6 +82,7 @@ def run(
         more = torch.cat((x, torch.full((2, 8, *size), torch.nan, dtype=x.dtype)), 1)
         x = more.movedim(1, -1).contiguous().movedim(-1, 1)[:, :c_in]
     y = y.contiguous(memory_format=LAST[g.ndim]) if destination_last else y
+    w = w.movedim(1, -1).contiguous().movedim(-1, 1) if tile.raw else w
     precision = "half" if dtype == "bf16" else dtype
     noted = Emulated(x, w, bias, y, seed=seed, change=change)
     launch.forward_shift(noted, Plan("shift", "", precision, tile, splits, arranged=arranged), x, w, bias, y, g)
@@ -143,6 +144,22 @@ def test_accumulators_of_other_channels(name, dtype):
         tile, *last = found[kind][0]
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=5)
         assert_near(y, exact, dtype, tile)
+
+
+@pytest.mark.parametrize("name", ("k4s2p1", "k2s2", "k3p1", "k1", "k3s2p1op1", "3d_k3s2p1op1", "3d_k3"))
+def test_weights_as_they_lie(name):
+    """In channels_last, without packing: both ways to hold them, several blocks and channel tiles."""
+    g, draw = GEOMETRIES[name], random.Random(name)
+    c_in, c_out = draw.choice((72, 80)), draw.choice((40, 72, 136))
+    found = {kind: each for kind, each in kinds(g, "bf16", c_in, c_out, 12).items() if kind[6] == 1}
+    for resident in sorted({kind[5] for kind in found}):
+        kind = draw.choice(sorted((kind for kind in found if kind[5] == resident), key=repr))
+        tile, *last = found[kind][0]
+        assert shift.takes_raw(tile, "pieces") and not shift.takes_raw(tile, "channels")
+        tile = replace(tile, raw=True)
+        y, exact = run(g, "bf16", tile, *last, c_in, c_out, seed=3)
+        assert_near(y, exact, "bf16", tile)
+    assert not shift.takes_raw(replace(tile, size=4), "pieces")
 
 
 @pytest.mark.parametrize("name", ("k4s2p1", "k2s2", "k3p1", "1d_k16s8", "3d_k3s2p1op1", "k7x5p3x1"))

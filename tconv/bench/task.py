@@ -55,24 +55,24 @@ class Truth:
         shapes = layer.input_shape, layer.weight_shape, bias, layer.output_shape
         self.tensors = check.draw(shapes, kind, device)
 
-    def result(self, name: str, tf32: bool = False) -> torch.Tensor:
-        """The exact result `name`; with tf32, on rounded operands (not kept)."""
-        if tf32:
-            return self._compute(name, True)
+    def result(self, name: str, precision: str = "") -> torch.Tensor:
+        """The exact result `name`; of operands rounded to a precision, if that is given (not kept)."""
+        if precision:
+            return self._compute(name, precision)
         if name not in self.exact:
             with spent("oracle"):
-                self.exact[name] = self._compute(name, False)
+                self.exact[name] = self._compute(name, "")
         return self.exact[name]
 
-    def _compute(self, name: str, tf32: bool) -> torch.Tensor:
+    def _compute(self, name: str, precision: str) -> torch.Tensor:
         if not self.case.problem:
-            function = lambda: check.oracle_pass(name, self.tensors, self.case.layer.options, tf32)  # noqa: E731
-            return measure.call(_default(), function)
+            layer, tf32 = self.case.layer.options, precision == "tf32"
+            return measure.call(_default(), lambda: check.oracle_pass(name, self.tensors, layer, tf32))
         module = copy.deepcopy(self.module).double()
         for m in module.modules():
-            if tf32 and isinstance(m, nn.modules.conv._ConvTransposeNd):
-                m.weight.data = check.round_tf32(m.weight.data.float()).double()
-                m.register_forward_pre_hook(lambda m, x: (check.round_tf32(x[0].float()).double(),))
+            if precision and isinstance(m, nn.modules.conv._ConvNd):
+                m.weight.data = check.rounded(m.weight.data, precision)
+                m.register_forward_pre_hook(lambda m, x: (check.rounded(x[0], precision),))
         return measure.call(_default(), lambda: module(*(x.double() for x in self.inputs)))
 
 
@@ -142,7 +142,7 @@ class Task:
         worst, wrong = (0.0, 0.0), ""
         for name, result in zip(names, results):
             peer = None if provider.yardstick else self.peer(name)
-            rounded = lambda name=name: self.truth.result(name, tf32=True)  # noqa: E731
+            rounded = lambda name=name: self.truth.result(name, self.precision)  # noqa: E731
             terms = 1 if self.case.problem else check.terms(name, self.case.layer)
             exact = self.truth.result(name)
             error, bad = check.judge(result, exact, peer, self.precision, rounded, self.slack, terms)

@@ -1,5 +1,4 @@
-"""The forward pass of layers whose weight is nearly all there is to read, of few output channels, or of one tap an output: a
-GEMM over the weight as it lies in memory, and the addition of what its columns bring to each output (col2im).  And the
+"""The forward pass of layers whose weight is nearly all there is to read, or of few output channels: a GEMM over the weight as it lies in memory, and the addition of what its columns bring to each output (col2im).  And the
 gradients of weights that are mostly writing.
 
 No packing: a tile of pixels reads the weight once, in its own order, in runs of 16 bytes.
@@ -23,14 +22,20 @@ from .common import (
 )
 
 
-@triton.jit
-def _product(
-    src, weight, tile_m, tile_n, split, splits, group, pixels, c_src, columns, d_src, h_src, w_src,
-    src_n, src_c, src_d, src_h, src_w, w_s,
-    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit(
+    repr=kernel_name("tconv_column_gemm"),
+    do_not_specialize=(
+        "pixels c_src columns groups d_src h_src w_src src_n src_c src_d src_h src_w w_s splits"
+    ).split(),
+)
+def column_gemm(
+    src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
+    splits,
+    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(products, first pixel, end of the pixels) of one tile, over the split's source channels.
+    """partial[split, pixel, group and column] = sum over the split's source channels of src * weight; in memory pixels lie
+    side by side if BY_PIXEL, otherwise columns.
 
     GEMM: M = source pixels of all samples, N = columns, which are the (destination channel, tap) pairs of one group,
     K = source channels; c_src and columns are a group's.  The columns of a source channel lie in memory without gaps, those
@@ -39,23 +44,35 @@ def _product(
     """
     src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
     c_src = known_channels(c_src, SRC_LAYOUT)
+    of_image = d_src * h_src * w_src
     if ALIGNED:
         w_s = w_s // 16 * 16
         columns = columns // 16 * 16
     if PLANES:
-        of_image = d_src * h_src * w_src // PLANES * PLANES
+        of_image = of_image // PLANES * PLANES
+        pixels = pixels // PLANES * PLANES
         src_n = src_n // PLANES * PLANES
         src_c = src_c // PLANES * PLANES
-        tiles = tl.cdiv(of_image, BLOCK_M)
-        first = tile_m // tiles * of_image + tile_m % tiles * BLOCK_M
-        end = (tile_m // tiles + 1) * of_image
+        tiles = tl.cdiv(of_image, BLOCK_M)  # of planes, each has its own
+        tiles_m = pixels // of_image * tiles
+    else:
+        tiles_m = tl.cdiv(pixels, BLOCK_M)
+    # What reads the same part of the weight is neighbours.
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_m = pid % tiles_m
+    pid = pid // tiles_m
+    tile_n = pid % tiles_n
+    pid = pid // tiles_n
+    split = pid % splits
+    group = pid // splits
+    if PLANES:
         p = tile_m % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         pixel_ok = p < of_image
         pixel = tile_m // tiles * src_n + p
+        p += tile_m // tiles * of_image
     else:
-        first = tile_m * BLOCK_M
-        end = pixels
-        p = first + tl.arange(0, BLOCK_M)
+        p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         pixel_ok = p < pixels
         n, d, h = split_row(p // w_src, d_src, h_src)
         pixel = n * src_n + d * src_d + h * src_h + p % w_src * src_w
@@ -74,130 +91,14 @@ def _product(
         of_channel = c.to(tl.int64)[:, None] * w_s
         b = tl.load(weight + of_channel + column[None, :], mask=c_ok[:, None] & column_ok[None, :], other=0.0)
         acc = matmul(operand(a, PRECISION), operand(b, PRECISION), acc, PRECISION)
-    return acc, first, end
 
-
-@triton.jit
-def _tiles_m(pixels, of_image, PLANES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """How many tiles of pixels there are: of planes, each has its own."""
-    if PLANES:
-        return pixels // of_image * tl.cdiv(of_image, BLOCK_M)
-    else:
-        return tl.cdiv(pixels, BLOCK_M)
-
-
-@triton.jit(
-    repr=kernel_name("tconv_column_gemm"),
-    do_not_specialize=(
-        "pixels c_src columns groups d_src h_src w_src src_n src_c src_d src_h src_w w_s splits"
-    ).split(),
-)
-def column_gemm(
-    src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
-    splits,
-    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """partial[split, pixel, group and column] = sum over the split's source channels of src * weight; in memory pixels lie
-    side by side if BY_PIXEL, otherwise columns."""
-    # What reads the same part of the weight is neighbours.
-    tiles_m = _tiles_m(pixels, d_src * h_src * w_src, PLANES, BLOCK_M)
-    tiles_n = tl.cdiv(columns, BLOCK_N)
-    pid = tl.program_id(0)
-    tile_m = pid % tiles_m
-    pid = pid // tiles_m
-    tile_n = pid % tiles_n
-    pid = pid // tiles_n
-    split = pid % splits
-    group = pid // splits
-    acc, first, end = _product(
-        src, weight, tile_m, tile_n, split, splits, group, pixels, c_src, columns, d_src, h_src, w_src,
-        src_n, src_c, src_d, src_h, src_w, w_s,
-        SRC_LAYOUT, PLANES, ALIGNED, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    if ALIGNED:
-        columns = columns // 16 * 16
-    if PLANES:
-        first = first // PLANES * PLANES
-        end = end // PLANES * PLANES
-        pixels = pixels // PLANES * PLANES
-    p = first + tl.arange(0, BLOCK_M)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (p < end)[:, None] & (column < columns)[None, :]
+    mask = pixel_ok[:, None] & column_ok[None, :]
     all_columns = groups * columns
     partial += split * pixels * all_columns
     if BY_PIXEL:
         tl.store(partial + (p[:, None] + (group * columns + column)[None, :] * pixels), acc, mask=mask)
     else:
         tl.store(partial + (p[:, None] * all_columns + (group * columns + column)[None, :]), acc, mask=mask)
-
-
-@triton.jit(
-    repr=kernel_name("tconv_scatter_gemm"),
-    do_not_specialize=(
-        "pixels c_src c_dst columns groups d_src h_src w_src d_dst h_dst w_dst kh kw taps strided strideh stridew "
-        "padd padh padw src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w w_s of_channel of_tap"
-    ).split(),
-)
-def scatter_gemm(
-    src, weight, bias, dst, pixels, c_src, c_dst, columns, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst,
-    kh, kw, taps, strided, strideh, stridew, padd, padh, padw,
-    src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_s, of_channel, of_tap,
-    SRC_LAYOUT: tl.constexpr, DST_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RUN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dst[n, co, i*stride - padding + tap] = bias[co] + sum over ci of src * weight, where no output has two taps and each has
-    one: kernel = stride or one pixel, without dilation.
-
-    RUN: so many neighbouring columns are taps of one channel, in channels_last all of them, otherwise those along the width.
-    WHOLE: whether no tap leaves the destination.
-    """
-    dst_n, dst_c, dst_d, dst_h, dst_w = known_strides(dst_n, dst_c, dst_d, dst_h, dst_w, DST_LAYOUT)
-    # What reads the same part of the weight is neighbours.
-    tiles_m = _tiles_m(pixels, d_src * h_src * w_src, PLANES, BLOCK_M)
-    tiles_n = tl.cdiv(columns, BLOCK_N)
-    pid = tl.program_id(0)
-    tile_m = pid % tiles_m
-    pid = pid // tiles_m
-    tile_n = pid % tiles_n
-    group = pid // tiles_n
-    acc, first, end = _product(
-        src, weight, tile_m, tile_n, 0, 1, group, pixels, c_src, columns, d_src, h_src, w_src,
-        src_n, src_c, src_d, src_h, src_w, w_s,
-        SRC_LAYOUT, PLANES, ALIGNED, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-
-    # What lies side by side in the destination becomes neighbours: a pixel's channels, or a row's pixels and their taps.
-    acc = tl.reshape(acc, (BLOCK_M, BLOCK_N // RUN, RUN))
-    if DST_LAYOUT == "channels" or DST_LAYOUT == "vectors":
-        acc = tl.reshape(tl.permute(acc, (0, 2, 1)), (BLOCK_M, BLOCK_N))
-        p = first + tl.arange(0, BLOCK_M)[:, None]
-        i = tl.arange(0, BLOCK_N)[None, :]
-        column = tile_n * BLOCK_N + i % (BLOCK_N // RUN) * RUN + i // (BLOCK_N // RUN)
-        along = 0
-    else:
-        acc = tl.reshape(tl.permute(acc, (1, 0, 2)), (BLOCK_N // RUN, BLOCK_M * RUN))
-        i = tl.arange(0, BLOCK_M * RUN)[None, :]
-        p = first + i // RUN
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // RUN)[:, None] * RUN
-        along = i % RUN
-    n, d, h = split_row(p // w_src, d_src, h_src)
-    od = d * strided - padd
-    oh = h * strideh - padh
-    ow = p % w_src * stridew - padw + along
-    co = group * c_dst + column // of_channel % c_dst
-    tap = column // of_tap % taps
-    td = tap // (kh * kw)
-    th = tap // kw % kh
-    tw = tap % kw
-    ok = (p < end) & (column < columns)
-    if not WHOLE:
-        ok &= inside(od + td, d_dst) & inside(oh + th, h_dst) & inside(ow + tw, w_dst)
-    if HAS_BIAS:
-        acc += widen(tl.load(bias + co, mask=column < columns, other=0.0), ACC)
-    out = (n * dst_n + od * dst_d + oh * dst_h + ow * dst_w) + (co * dst_c + td * dst_d + th * dst_h + tw * dst_w)
-    tl.store(dst + out, acc.to(dst.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -221,17 +122,19 @@ def add_columns(
     partial, bias, dst, batch, c_dst, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst,
     kd, kh, kw, strided, strideh, stridew, padd, padh, padw, dild, dilh, dilw, gcdd, gcdh, gcdw, invd, invh, invw,
     most_d, most_h, most_w, dst_n, dst_c, dst_d, dst_h, dst_w, of_channel, of_tap,
-    CHANNELS: tl.constexpr, BY_PIXEL: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, BY_PIXEL: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dst[n, co, o] = bias[co] + sum over the taps that reach o, and over splits, of partial[split, pixel, column].
 
-    A program has outputs of one phase, whose taps are the same: what they are is worked out once, not for each output.
-    Along an axis at most most_ taps reach an output.  c_dst is a group's; of_channel and of_tap are how many columns lie
-    between its destination channels and between its taps.  Neighbours are CHANNELS, or along the width.
+    A program has ROWS rows of BLOCK outputs of one phase, whose taps are the same: what they are, and where a row lies, is worked
+    out once, not for each output.  Along an axis at most most_ taps reach an output.  c_dst is a group's; of_channel and of_tap
+    are how many columns lie between its destination channels and between its taps.  A row is of CHANNELS, or along the width.
     """
     q_d = tl.cdiv(d_dst, strided)
     q_h = tl.cdiv(h_dst, strideh)
     q_w = tl.cdiv(w_dst, stridew)
+    channels = groups * c_dst
     # A stride beyond the output's size has phases without outputs.
     used_h = tl.minimum(strideh, h_dst)
     used_w = tl.minimum(stridew, w_dst)
@@ -242,29 +145,32 @@ def add_columns(
     pid = pid // used_h
     used_d = tl.minimum(strided, d_dst)
     phase_d = pid % used_d
-    i = pid // used_d * BLOCK + tl.arange(0, BLOCK)
-    channels = groups * c_dst
+    pid = pid // used_d
+    blocks = tl.cdiv(channels if CHANNELS else q_w, BLOCK)
+    along = (pid % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
     if CHANNELS:
-        channel = i % channels
-        row = i // channels
+        channel = along
         qw = row % q_w
         n, qd, qh = split_row(row // q_w, q_d, q_h)
+        ok = channel < channels
     else:
-        qw = i % q_w
-        row, qd, qh = split_row(i // q_w, q_d, q_h)
+        qw = along
+        row, qd, qh = split_row(row, q_d, q_h)
         channel = row % channels
         n = row // channels
+        ok = qw < q_w
     od = qd * strided + phase_d
     oh = qh * strideh + phase_h
     ow = qw * stridew + phase_w
-    ok = (n < batch) & (od < d_dst) & (oh < h_dst) & (ow < w_dst)
+    ok &= (n < batch) & (od < d_dst) & (oh < h_dst) & (ow < w_dst)
     td, tap_step_d, count_d, id0, step_d = _reaching(qd, phase_d, d_src, kd, strided, padd, dild, gcdd, invd)
     th, tap_step_h, count_h, ih0, step_h = _reaching(qh, phase_h, h_src, kh, strideh, padh, dilh, gcdh, invh)
     tw, tap_step_w, count_w, iw0, step_w = _reaching(qw, phase_w, w_src, kw, stridew, padw, dilw, gcdw, invw)
     columns = channels * kd * kh * kw
     pixels = batch * d_src * h_src * w_src
     column = channel // c_dst * c_dst * kd * kh * kw + channel % c_dst * of_channel
-    acc = tl.zeros((BLOCK,), tl.float64)
+    acc = tl.zeros((ROWS, BLOCK), tl.float64)
     for jd in range(most_d):
         d = id0 + jd * step_d
         plane_ok = ok & (jd < count_d) & (d >= 0)
@@ -284,7 +190,7 @@ def add_columns(
                 for split in tl.static_range(SPLITS):  # so that all are on their way together
                     acc += tl.load(at + split * pixels * columns, mask=reached, other=0.0).to(tl.float64)
     if HAS_BIAS:
-        acc += widen(tl.load(bias + channel, mask=ok, other=0.0), tl.float64)
+        acc += widen(tl.load(bias + channel, mask=channel < channels, other=0.0), tl.float64)
     out = n * dst_n + channel * dst_c + od * dst_d + oh * dst_h + ow * dst_w
     tl.store(dst + out, narrow(acc, dst.dtype.element_ty), mask=ok)
 

@@ -18,6 +18,10 @@ if triton.knobs.runtime.interpret:  # where launches come one after the other
 
     gdc_launch_dependents = gdc_wait = _nothing
 
+# Of two indices of which neither is known to be contiguous, Triton 3.6 gives neighbouring threads the first, later releases
+# the last: pixels a stride apart, each in a sector of its own, are still better neighbours than channels.
+FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+
 
 def kernel_name(base):
     """A name that says pass, layouts, dtype and tile, so that a profile reads itself."""
@@ -151,7 +155,7 @@ def split_tf32(v):
 @triton.jit
 def load_tile(base, pixel, channel, mask, LAYOUT: tl.constexpr):
     """A [pixels, channels] tile; loaded so that neighbouring threads touch neighbouring addresses."""
-    if LAYOUT == "channels" or LAYOUT == "vectors":
+    if LAYOUT == "channels" or LAYOUT == "vectors" or FIRST:
         return tl.load(base + (pixel[:, None] + channel[None, :]), mask=mask, other=0.0)
     else:
         return tl.trans(tl.load(base + (channel[:, None] + pixel[None, :]), mask=tl.trans(mask), other=0.0))
@@ -161,7 +165,7 @@ def load_tile(base, pixel, channel, mask, LAYOUT: tl.constexpr):
 def store_tile(base, pixel, channel, value, mask, LAYOUT: tl.constexpr):
     """The counterpart of load_tile; converts to the destination's dtype."""
     value = value.to(base.dtype.element_ty)
-    if LAYOUT == "channels" or LAYOUT == "vectors":
+    if LAYOUT == "channels" or LAYOUT == "vectors" or FIRST:
         tl.store(base + (pixel[:, None] + channel[None, :]), value, mask=mask)
     else:
         tl.store(base + (channel[:, None] + pixel[None, :]), tl.trans(value), mask=tl.trans(mask))

@@ -124,7 +124,7 @@ def gather_few(
     c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d, w_tap:
     the weight's strides along group, source channel, depth, and for t.weight to multiply.
     """
-    SRC_LAYOUT: tl.constexpr = "width" if SRC_WIDTH and t.lanes == 1 else "vectors" if t.own else "strided"
+    SRC_LAYOUT: tl.constexpr = "vectors" if t.own and t.lanes > 1 else "width" if SRC_WIDTH and t.lanes == 1 else "strided"
     DST_LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width" if DST_WIDTH else "strided"
     # Not the channels': a channel of a thread's own is the first of one, and to say so made longer code.
     src_n, _, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)

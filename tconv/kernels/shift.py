@@ -40,7 +40,7 @@ def descriptor_layouts(p):
     """Of the blocks of weights, and of the input that a bulk copy brings."""
     rank = 2 if p.strip else 5 if p.volume else 4
     pixels_inside = p.how == "staged" and p.src_layout == "width"
-    return _swizzled(p.kb, p.size, 2), _swizzled(p.bring if pixels_inside else p.kb, p.size, rank)
+    return _swizzled(M if p.raw else p.kb, p.size, 3 if p.raw else 2), _swizzled(p.bring if pixels_inside else p.kb, p.size, rank)
 
 
 @triton.constexpr_function
@@ -366,20 +366,32 @@ def _row_of(block, tile, tiles_co, p: gl.constexpr):
 
 
 @gluon.jit
+def _bring_block(w, to, full, block, tile, kb, sizes, p: gl.constexpr):
+    """A block of weights of channel tile `tile` and of block kb of the input's channels: from the packed weight, or from the
+    weight as it lies, [input channel, tap, output channel]."""
+    if p.raw:
+        S: gl.constexpr = p.fold.spread
+        to = reinterpret(to, _element(p), [p.kb, 1, M], _swizzled(M, p.size, 3))
+        async_load(w, [kb * p.kb, block // S, (tile * S + block % S) * M], full, to)
+    else:
+        async_load(w, [_row_of(block, tile, sizes[0], p), kb * p.kb], full, to)
+
+
+@gluon.jit
 def _push(w, ring, full, empty, sizes, i, co, phase, phase_d, A: gl.constexpr, p: gl.constexpr):
     """The blocks of weights that _phase takes into their ring; i counts them and is returned."""
-    tiles_co, blocks = sizes[0], sizes[3]
-    readings = _readings(phase, phase_d, blocks, p)
+    readings = _readings(phase, phase_d, sizes[3], p)
     for b in range(0, readings[0]):
         kb, base, delta, low = _block(b, sizes, readings, p)
-        row = _row_of(base, co // p.fold.of_tile, tiles_co, p)
         for k in gl.static_range(len(p.taps[A])):
             s = i % p.slots
             mbarrier.wait(empty.index(s), (i // p.slots & 1) ^ 1)
             mbarrier.expect(full.index(s), p.parts * M * p.kb * p.size)
             for part in gl.static_range(gl.constexpr(p.parts)):
-                at = row + _row_of(p.taps[A][k][1] + part * p.whole, 0, tiles_co, p)
-                async_load(w, [at, kb * p.kb], full.index(s), ring.index(s * p.parts + part))
+                block = base + (p.taps[A][k][1] + part * p.whole)
+                _bring_block(
+                    w, ring.index(s * p.parts + part), full.index(s), block, co // p.fold.of_tile, kb, sizes, p
+                )
             i += 1
     return i
 
@@ -392,13 +404,14 @@ def _push_all(w, ring, full, sizes, p: gl.constexpr):
     mbarrier.expect(full.index(0), p.slots * p.parts * M * p.kb * p.size)
     for tap in range(0, p.whole * p.parts):
         for kb in range(0, blocks):
-            async_load(w, [_row_of(tap, co, tiles_co, p), kb * p.kb], full.index(0), ring.index(tap * blocks + kb))
+            _bring_block(w, ring.index(tap * blocks + kb), full.index(0), tap, co, kb, sizes, p)
 
 
 @gluon.jit
 def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
-    """The packed weight [tap or folded offset, rows of M, input channel], an M x KB block a slot."""
-    _await_launches(sizes[4])
+    """The packed weight [tap or folded offset, rows of M, input channel], or the weight as it lies, an M x KB block a slot."""
+    if not p.raw:
+        _await_launches(sizes[4])
     i = 0
     for t in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
@@ -701,7 +714,10 @@ def _taps(
             slot = j % p.slots
             mbarrier.wait(w_full.index(slot), j // p.slots & 1)
         operand = _view(ring, s, START + p.taps[A][k][2], p)
-        acc = warpgroup_mma(weights.index(slot), operand, accs[p.taps[A][k][0]], is_async=True)
+        weight = weights.index(slot)
+        if p.raw:
+            weight = weight.permute((1, 0))
+        acc = warpgroup_mma(weight, operand, accs[p.taps[A][k][0]], is_async=True)
         accs = _put_at(accs, p.taps[A][k][0], acc)
         if not p.resident:
             if k > 0:
@@ -796,7 +812,8 @@ def _multiply(
     j = 0
     if p.resident:
         if CONSUMER == 0:
-            _await_launches(tiles)
+            if not p.raw:
+                _await_launches(tiles)
             _push_all(w, weights, w_full, sizes, p)
         mbarrier.wait(w_full.index(0), 0)
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -845,9 +862,9 @@ def shift(
     planes, d_in, x_d, d_out, y_d, of_part, y_part, copied, of_round, spin,
     p: gl.constexpr,
 ):  # fmt: skip
-    """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight, `p` a tconv.shift.Shift.  Where that is partial,
+    """y = conv_transpose3d(x, w) + bias; `w` is packed by pack_weight unless p.raw, `p` a tconv.shift.Shift.  Where that is partial,
     program (i, part) sums the part's `of_part` blocks of channels alone, into a y of its own, `y_part` elements on.
-    copied: whether the launches ahead of this one write x as well as w."""
+    copied: whether a launch ahead of this one writes x."""
     x_n = x_n // p.vector * p.vector
     x_d = x_d // p.vector * p.vector
     x_h = x_h // p.vector * p.vector
@@ -878,7 +895,10 @@ def shift(
         c_out, h_out, w_out, y_n, y_c, y_h, y_w, has_bias, planes, d_in, x_d, d_out, y_d,
         _inverse(image), _inverse(planes), first_block, copied, of_round, spin,
     )  # fmt: skip
-    weights = gl.allocate_shared_memory(_element(p), [p.slots * p.parts, M, p.kb], _swizzled(p.kb, p.size))
+    if p.raw:
+        weights = gl.allocate_shared_memory(_element(p), [p.slots, p.kb, M], _swizzled(M, p.size))
+    else:
+        weights = gl.allocate_shared_memory(_element(p), [p.slots * p.parts, M, p.kb], _swizzled(p.kb, p.size))
     if SLICE:
         ring = gl.allocate_shared_memory(_element(p), [p.ring // 8, 8, p.kb], _swizzled(p.kb, p.size))
     else:
