@@ -123,6 +123,11 @@ def vector(t: torch.Tensor, source: str) -> int:
     return together & -together
 
 
+def _along_width(t: torch.Tensor) -> int:
+    """How many neighbouring pixels, at most 16 bytes of them, one access can have."""
+    return gcd(vector(t, "width"), 16 // t.element_size()) if layout(t) == "width" else 1
+
+
 def make_problem(direction, geometry, input_shape, c_out, source, destination=None, weight=None) -> Problem:
     """The Problem of a pass that gathers from `source` and writes `destination`; the forward pass with its weight."""
     kind = layout(source, geometry.groups)
@@ -600,6 +605,8 @@ def gather_few(
         FORWARD=is_forward,
         SRC_WIDTH=layout(source) == "width",
         DST_WIDTH=layout(destination) == "width",
+        SRC_VECTOR=_along_width(source),
+        DST_VECTOR=_along_width(destination),
         HAS_BIAS=bias is not None,
         ACC=accumulator(source.dtype),
         t=tile,

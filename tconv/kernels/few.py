@@ -49,16 +49,24 @@ def _zeros(ACC: tl.constexpr, COUNT: tl.constexpr, t: tl.constexpr):
     elif t.lanes > 1:
         return (tl.zeros((tl.constexpr(t.pixels), tl.constexpr(t.lanes)), ACC),) + _zeros(ACC, COUNT - 1, t)
     else:
-        return (tl.zeros((tl.constexpr(t.pixels),), ACC),) + _zeros(ACC, COUNT - 1, t)
+        return (tl.zeros((tl.constexpr(t.pixels // t.box), tl.constexpr(t.box)), ACC),) + _zeros(ACC, COUNT - 1, t)
 
 
 @triton.jit
 def _pixels(tile_r, tile_w, t: tl.constexpr):
-    """(row, column) of each of a tile's pixels."""
-    m = tl.arange(0, tl.constexpr(t.pixels))
+    """(row, column) of a tile's pixels, [pixels, 1]; or [rows, 1] and [1, columns], so that a row is worked out once."""
     if t.lanes > 1:
-        m = m[:, None]
-    return tile_r * (t.pixels // t.box) + m // t.box, tile_w * t.box + m % t.box
+        m = tl.arange(0, tl.constexpr(t.pixels))[:, None]
+        return tile_r * (t.pixels // t.box) + m // t.box, tile_w * t.box + m % t.box
+    else:
+        r = tl.arange(0, tl.constexpr(t.pixels // t.box))[:, None]
+        return tile_r * (t.pixels // t.box) + r, tile_w * t.box + tl.arange(0, tl.constexpr(t.box))[None, :]
+
+
+@triton.jit
+def _divisible(width, n, c, d, h, BY: tl.constexpr):
+    """The same, which the compiler then knows to be multiples of BY: so many elements are one access."""
+    return width // BY * BY, n // BY * BY, c // BY * BY, d // BY * BY, h // BY * BY
 
 
 @triton.jit
@@ -103,13 +111,13 @@ def _add_products(sums, v, weight, w_tap, READ: tl.constexpr, t: tl.constexpr):
 
 @triton.jit
 def _joined(sums, FIRST: tl.constexpr, t: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
-    """[pixels, WIDTH]: the sums of so many phases along the width, side by side."""
+    """[rows, columns * WIDTH]: the sums of so many phases along the width, side by side."""
     if WIDTH == 1:
-        return sums[FIRST][:, None]
+        return sums[FIRST]
     else:
         even = _joined(sums, FIRST, t, WIDTH // 2, 2 * STEP)
         odd = _joined(sums, FIRST + STEP * t.channels, t, WIDTH // 2, 2 * STEP)
-        return tl.join(even, odd).reshape([t.pixels, WIDTH])
+        return tl.join(even, odd).reshape([t.pixels // t.box, t.box * WIDTH])
 
 
 @triton.jit(repr=_name("tconv_few", "src"), do_not_specialize=GATHER)
@@ -117,12 +125,14 @@ def gather_few(
     src, weight, bias, dst,
     batch, c_src, c_dst, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst, kd, strided, padd, dild, gcdd, invd,
     src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_g, w_s, w_d, w_tap,
-    FORWARD: tl.constexpr, SRC_WIDTH: tl.constexpr, DST_WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
+    FORWARD: tl.constexpr, SRC_WIDTH: tl.constexpr, DST_WIDTH: tl.constexpr, SRC_VECTOR: tl.constexpr, DST_VECTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
     """dst[n, co, q*phases + a] = bias[co] + sum over taps of phase a and over ci of src * weight.
 
     c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d, w_tap:
-    the weight's strides along group, source channel, depth, and for t.weight to multiply.
+    the weight's strides along group, source channel, depth, and for t.weight to multiply.  SRC_VECTOR and DST_VECTOR divide
+    the strides and the width of a tensor along whose width neighbours lie.
     """
     SRC_LAYOUT: tl.constexpr = "vectors" if t.own and t.lanes > 1 else "width" if SRC_WIDTH and t.lanes == 1 else "strided"
     DST_LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width" if DST_WIDTH else "strided"
@@ -135,6 +145,8 @@ def gather_few(
         w_tap = w_tap // 16 * 16
     else:
         w_tap = 1
+        w_src, src_n, src_c, src_d, src_h = _divisible(w_src, src_n, src_c, src_d, src_h, SRC_VECTOR)
+        w_dst, dst_n, dst_c, dst_d, dst_h = _divisible(w_dst, dst_n, dst_c, dst_d, dst_h, DST_VECTOR)
     phases_d = strided if FORWARD else 1
     q_d = tl.cdiv(d_dst, phases_d)
     q_h = tl.cdiv(h_dst, t.phases_h)
@@ -208,9 +220,12 @@ def gather_few(
                     at = out + oh * dst_h + ow * dst_w
                     v = sums[(a * t.phases_w + b) * t.channels + c]
                 else:
-                    ow = (qw * t.phases_w + b)[:, None] + tl.arange(0, W)[None, :]
-                    ok = (out_ok & (oh < h_dst))[:, None] & (ow < w_dst)
-                    at = (out + oh * dst_h)[:, None] + ow * dst_w + c * dst_c
+                    if W == 1:
+                        ow = qw * t.phases_w + b
+                    else:
+                        ow = tile_w * (t.box * W) + tl.arange(0, tl.constexpr(t.box * W))[None, :]
+                    ok = out_ok & (oh < h_dst) & (ow < w_dst)
+                    at = out + oh * dst_h + ow * dst_w + c * dst_c
                     v = _joined(sums, (a * t.phases_w + b) * t.channels + c, t, W, 1)
                 if HAS_BIAS:
                     v += widen(tl.load(bias + (group * c_dst + co + c)), ACC)
@@ -269,9 +284,9 @@ def weight_few(
             sums = _put(sums, r, tl.where(ok_y, added, sums[r]))
     for r in tl.static_range(len(t.reads)):
         tap = tap_d * len(t.reads) + r
-        total = tl.sum(sums[r].to(tl.float64), 0).to(partial.dtype.element_ty)
         at = partial + (split.to(tl.int64) * kd * len(t.reads) + tap) * columns
         if t.lanes > 1:
+            total = tl.sum(sums[r].to(tl.float64), 0).to(partial.dtype.element_ty)
             tl.store(at + block * t.lanes + tl.arange(0, tl.constexpr(t.lanes)), total)
         else:
-            tl.store(at + column, total)
+            tl.store(at + column, tl.sum(sums[r].to(tl.float64)).to(partial.dtype.element_ty))
