@@ -19,6 +19,7 @@ LEAST_WEIGHT = 1 << 15  # bytes; below, a pass is nothing but launches
 LESS = 0.9  # of what the other kernels would take at least
 RUN = 4  # input pixels along the width, from which on neighbouring outputs find their products in neighbouring pixels
 SPLITS = (1, 2, 4, 8, 16)  # each is another kernel to compile
+ROW = 64  # outputs of one phase, or channels, from which on a program adds whole rows of them
 
 # Nanoseconds, and bytes a nanosecond.
 START = 2000  # a launch: begin, wait for the first loads, end
@@ -102,26 +103,32 @@ def packed(weight: int, streamed: int, splits: int) -> float:
 
 
 # The forward pass of few output channels: all taps of all of them are the columns of one product, which reads the input once.
-FEW_OUT = 8
+FEW_OUT = 3
 # One tile's; as many multiplications of zeros as products take the time beyond, and with tf32x3 sooner.
-FEW_COLUMNS, FEW_COLUMNS_TF32X3 = 128, 64
+LEAST_COLUMNS, FEW_COLUMNS, FEW_COLUMNS_TF32X3 = 16, 128, 64
 FEW_PIXELS = 64  # of a tile
-FEW_BYTES = 6  # that columns are written and read, for each byte of input
+MANY_TAPS = 64  # from which on other kernels' products take longer than columns to write and read (k9)
 
 
 def of_few(
-    c_in: int, c_out: int, taps: int, pixels: int, element_size: int, how: str, large: bool, order: str, target: Target
-) -> Columns | None:
+    c_in: int, c_out: int, taps: int, pixels: int, element_size: int, how: str, large: bool, order: str, last: bool,
+    target: Target,
+) -> Columns | None:  # fmt: skip
     """The tile for a layer of few output channels and no groups, or None.  pixels are those of the input's whole batch, how
-    the precision, order that of the weight in memory."""
+    the precision, order that of the weight in memory, last whether the output is channels_last."""
     columns = c_out * taps
     if large or order == "strided" or (how == "ieee" and target.backend != "interpreter"):
         return None
-    if c_out > FEW_OUT or taps == 1 or columns > (FEW_COLUMNS_TF32X3 if how == "tf32x3" else FEW_COLUMNS):
+    if c_out > FEW_OUT or not LEAST_COLUMNS <= columns <= (FEW_COLUMNS_TF32X3 if how == "tf32x3" else FEW_COLUMNS):
         return None
     if c_in < LEAST_CHANNELS or pixels <= MOST_PIXELS or pixels * columns > WORKSPACE_ELEMENTS:
         return None
-    if 2 * 4 * columns > FEW_BYTES * c_in * element_size:
+    # What is written and read again must be little beside the input, as on an H200 (docs/kernels.md).
+    if taps >= MANY_TAPS:
+        most = c_in * element_size * 3 // 4
+    else:
+        most = c_in // 8 if last else c_in * 3 // 4 if element_size == 2 else c_in // 2
+    if columns > most:
         return None
     block_k, stages = _depth(c_in, element_size, target)
     tile = Columns(power_of_two(columns, 16, FEW_COLUMNS), FEW_PIXELS, block_k, 512, 4, stages)
@@ -130,14 +137,17 @@ def of_few(
     # Of many pixels tiles are wide, so that the weight is read less often; through registers, where it is rounded, it takes long.
     if how == "tf32" and pixels >= 4 * FEW_PIXELS * 2 * target.processors:
         return replace(tile, pixels=4 * FEW_PIXELS, num_warps=8, num_stages=2)
-    return replace(tile, num_stages=2) if c_in <= 2 * block_k else tile  # with few steps, room for more programs is better
+    return (
+        replace(tile, num_stages=2) if c_in <= 2 * block_k else tile
+    )  # with few steps, room for more programs is better
 
 
 # The gradient of the weight.
 UNROLL = 4  # pixels whose loads are on their way together
 SHORT = 40  # fp32 sums of fewer pixels have no tensor core to go to (problem.IEEE_PRODUCTS)
-# Beyond, and in 16 bits, the CUDA cores' products must be few beside what there is to write.
-FEW_FLOATS, FEW_HALVES, FEW_PRODUCTS = 64, 16, 1 << 28
+FEW_HALVES = (
+    2  # in 16 bits: at 4 pixels cuDNN's product between copies is as fast (31 us, in channels_last 14 without them)
+)
 
 
 @dataclass(frozen=True)
@@ -161,9 +171,7 @@ def of_weight(
     elements of the input and of the output's gradient.
     """
     weight = groups * c_in * columns
-    is_half = element_size == 2
-    short = pixels < SHORT and not is_half
-    few = short or (pixels <= (FEW_HALVES if is_half else FEW_FLOATS) and pixels * weight <= FEW_PRODUCTS)
+    few = pixels <= FEW_HALVES if element_size == 2 else pixels < SHORT
     if large or not few or weight < activations or weight * element_size < LEAST_WEIGHT:
         return None
     return WeightColumns(power_of_two(columns, 16, 256), power_of_two(c_in, 4, 16))

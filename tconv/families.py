@@ -114,7 +114,7 @@ def few_outputs(asked: Asked) -> Plan | str:
     if p.direction != "forward" or geometry.groups > 1 or asked.without("columns"):
         return ""
     sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
-    tile = columns.of_few(*sizes, asked.how, p.large, p.weight, asked.target)
+    tile = columns.of_few(*sizes, asked.how, p.large, p.weight, p.destination != "width", asked.target)
     return Plan("columns", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
 
 
@@ -209,7 +209,7 @@ def shifted(asked: Asked) -> Plan | str:
     if not chosen or (chosen[2] > 1 and g > 1 and p.batch > 1):  # a group's part of the output is not dense then
         return "none of the shift kernel's tiles fits or fills the GPU"
     tile, arranged, splits = chosen
-    tile = replace(tile, raw=shift.takes_raw(tile, p.weight))
+    tile = replace(tile, raw=shift.takes_raw(tile, p.weight, p.channels[1]))
     return Plan("shift", asked.why, asked.how, tile, splits, arranged=arranged)
 
 

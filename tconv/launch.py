@@ -555,7 +555,9 @@ def _lies(weight) -> str:
     """Problem.weight of a weight."""
     lies, c_out = order(weight), weight.shape[1]
     inside = lies == "channels" or (lies == "taps" and prod(weight.shape[2:]) == 1)
-    whole = all(n % 16 == 0 for n in (weight.data_ptr(), *(weight.element_size() * n for n in (c_out, weight.stride(0)))))
+    whole = all(
+        n % 16 == 0 for n in (weight.data_ptr(), *(weight.element_size() * n for n in (c_out, weight.stride(0))))
+    )
     return "pieces" if inside and whole else lies
 
 
@@ -606,7 +608,8 @@ def gather_few(
         SRC_WIDTH=layout(source) == "width",
         DST_WIDTH=layout(destination) == "width",
         SRC_VECTOR=_along_width(source),
-        DST_VECTOR=_along_width(destination),
+        # A thread's neighbouring results of backward_input read a stride apart, and threads should do that side by side.
+        DST_VECTOR=_along_width(destination) if is_forward or geometry.kernel[-1] <= geometry.stride[-1] else 1,
         HAS_BIAS=bias is not None,
         ACC=accumulator(source.dtype),
         t=tile,
@@ -700,16 +703,18 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
     phases = prod(min(o, a.stride) for o, a in zip(out, geometry.axes3))
     *rows, row = (cdiv(o, a.stride) for o, a in zip(out, geometry.axes3))
     row, rows = (c_out * g, batch * row * prod(rows)) if last else (row, batch * c_out * g * prod(rows))
-    along = power_of_two(row, 16, tile.outputs)
+    long_rows = row >= columns.ROW
+    along = power_of_two(row, columns.ROW, tile.outputs) if long_rows else tile.outputs
+    programs = cdiv(row, along) * cdiv(rows, tile.outputs // along) if long_rows else cdiv(row * rows, along)
     noted.launch(
-        add_columns, phases * cdiv(row, along) * cdiv(rows, tile.outputs // along),
+        add_columns, phases * programs,
         partials, output if bias is None else bias, output, batch, c_out, g, *size, *out,
         *axis_scalars(geometry, inverse=True), *most, *strides5(output), *of_column,
         CHANNELS=last,
         BY_PIXEL=by_pixel,
         HAS_BIAS=bias is not None,
         SPLITS=chosen.splits,
-        ROWS=tile.outputs // along,
+        ROWS=tile.outputs // along if long_rows else 0,
         BLOCK=along,
     )  # fmt: skip
 

@@ -140,7 +140,12 @@ def main() -> int:
         geometry = Geometry((kernel,) * n, (stride,) * n, (1,) * n, (0,) * n, groups, (1,) * n)
         form = {2: torch.channels_last, 3: torch.channels_last_3d}[n] if last else torch.contiguous_format
         x = torch.randn(size).to(dtype).contiguous(memory_format=form)
-        c_out = {"wide groups": 256, "a weight as it lies, strips of a copy": 256, "few outputs": 3, "long strides": 21}.get(title, 64)
+        c_out = {
+            "wide groups": 256,
+            "a weight as it lies, strips of a copy": 256,
+            "few outputs": 3,
+            "long strides": 21,
+        }.get(title, 64)
         w = torch.randn(size[1], c_out // groups, *geometry.kernel).to(dtype)
         w = w.contiguous(memory_format=form) if "as it lies" in title else w
         bias = torch.randn(c_out).to(dtype)

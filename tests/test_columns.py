@@ -198,12 +198,22 @@ def test_a_weight_with_gaps_is_left(device, always):
 
 
 @pytest.fixture
-def many_pixels(monkeypatch):
-    """A few are many."""
-    monkeypatch.setattr(columns, "MOST_PIXELS", 0)
+def rules(monkeypatch):
+    """rules(NAME=value): change what of columns decides which problems it takes."""
+
+    def change(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(columns, name, value)
+        dispatch.plan.cache_clear()
+
+    yield change
     dispatch.plan.cache_clear()
-    yield
-    dispatch.plan.cache_clear()
+
+
+@pytest.fixture(params=(4, 64), ids=("whole rows", "short rows"))
+def many_pixels(request, rules):
+    """A few are many, and not much to move."""
+    rules(MOST_PIXELS=0, FEW_OUT=8, MANY_TAPS=1, ROW=request.param)
 
 
 FEW = [
@@ -243,6 +253,10 @@ def test_few_output_channels(shape, weight, options, precision, last, device, ma
         ((597, 2, 4, (48, 56), 8), dict(stride=2, padding=1), "tf32", True),
         ((56, 1, 9, (540, 960), 1), dict(stride=2, padding=4, output_padding=1), "half", True),
         ((512, 1, 16, (3999,), 16), dict(stride=8), "tf32x3", True),
+        ((128, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "tf32", True),
+        ((90, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "tf32", False),
+        ((90, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "half", True),
+        ((128, 1, 8, (64084,), 4), dict(stride=4), "half", False),  # few columns
         (
             (192, 3, 5, (256, 384), 1),
             dict(stride=2, padding=2, output_padding=1),
@@ -251,7 +265,7 @@ def test_few_output_channels(shape, weight, options, precision, last, device, ma
         ),  # too many columns for it
         ((64, 3, 4, (128, 128), 128), dict(stride=2, padding=1), "half", False),  # too large a workspace
         ((32, 1, 9, (64, 64), 1), dict(stride=2, padding=4), "half", False),  # columns are too much to move
-        ((64, 9, 3, (64, 64), 1), dict(stride=2), "half", False),
+        ((256, 4, 3, (64, 64), 1), dict(stride=2), "half", False),
         ((64, 4, 1, (64, 64), 1), {}, "half", False),
         ((64, 3, 4, (4, 4), 1), dict(stride=2), "half", False),
         ((64, 3, 4, (64, 64), 1), dict(stride=2), "ieee", False),
@@ -260,11 +274,13 @@ def test_few_output_channels(shape, weight, options, precision, last, device, ma
 def test_which_few_output_channels(args, options, how, taken):
     batch, c_in, c_out, size, geometry = layer(*args, **options)
     size = batch * prod(size), 2 if how == "half" else 4
-    tile = columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "taps", HOPPER)
+    tile = columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "taps", False, HOPPER)
     assert (tile is not None) == taken
     assert tile is None or (tile.columns >= c_out * geometry.taps and "columns" in tile.describe())
-    assert columns.of_few(c_in, c_out, geometry.taps, *size, how, True, "taps", HOPPER) is None
-    assert columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "strided", HOPPER) is None
+    assert columns.of_few(c_in, c_out, geometry.taps, *size, how, True, "taps", False, HOPPER) is None
+    assert columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "strided", False, HOPPER) is None
+    last = columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "taps", True, HOPPER)
+    assert (last is not None) == (taken and (c_in >= 8 * c_out * geometry.taps or geometry.taps > 64))
 
 
 def test_splits_share_the_steps():
@@ -278,15 +294,11 @@ def test_splits_share_the_steps():
 
 
 @pytest.fixture
-def always_weights(monkeypatch):
+def always_weights(rules):
     """The kernel takes every weight's gradient but those of few channels."""
     of_weight = columns.of_weight
-    for name, value in dict(LEAST_WEIGHT=0, SHORT=1 << 20, FEW_HALVES=1 << 20).items():
-        monkeypatch.setattr(columns, name, value)
-    monkeypatch.setattr(columns, "of_weight", lambda *args: of_weight(*args[:4], 0, *args[5:]))
-    dispatch.plan.cache_clear()
-    yield
-    dispatch.plan.cache_clear()
+    anyhow = lambda *args: of_weight(*args[:4], 0, *args[5:])  # noqa: E731
+    rules(LEAST_WEIGHT=0, SHORT=1 << 20, FEW_HALVES=1 << 20, of_weight=anyhow)
 
 
 def gradient(x, w, grad, options):
@@ -335,11 +347,12 @@ def test_nan_and_inf_in_gradients_of_weights(where, value, device, always_weight
     [
         ((512, 512, 4, (1, 1), 1), dict(stride=2, padding=1), torch.float32, True),
         ((512, 512, 4, (1, 1), 1), dict(stride=2, padding=1), torch.bfloat16, True),
-        ((1024, 512, 4, (2, 2), 1), dict(stride=2, padding=1), torch.float16, True),
+        ((1024, 512, 4, (2, 1), 1), dict(stride=2, padding=1), torch.float16, True),
+        ((1024, 512, 4, (2, 2), 1), dict(stride=2, padding=1), torch.float16, False),
         ((1024, 512, 4, (6, 6), 1), dict(stride=2, padding=1), torch.float32, True),
-        ((1024, 512, 4, (6, 6), 1), dict(stride=2, padding=1), torch.float16, False),  # too many products
         ((1024, 512, 4, (8, 8), 1), dict(stride=2, padding=1), torch.float32, False),
-        ((100, 512, 4, (1, 1), 64), {}, torch.float32, True),
+        ((100, 512, 4, (1, 1), 64), {}, torch.float32, False),
+        ((100, 512, 4, (1, 1), 32), {}, torch.float32, True),
         ((64, 64, 2, (4, 4), 4), dict(stride=2), torch.float32, False),  # not mostly the weight
     ],
 )
@@ -364,7 +377,7 @@ def test_which_gradients_of_weights(args, options, dtype, taken):
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
 )
-def test_gradients_of_weights_on_a_gpu(args, options, precision, last):
+def test_gradients_of_weights_on_a_gpu(args, options, precision, last, rules):
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     dtype = getattr(torch, precision, torch.float32)
     batch, c_in, c_out, size, geometry = layer(*args, **options)
@@ -373,6 +386,7 @@ def test_gradients_of_weights_on_a_gpu(args, options, precision, last):
     grad = torch.randn(batch, c_out, *geometry.output_size(size), device="cuda").to(dtype)
     if last and geometry.ndim > 1:
         x, w, grad = (t.contiguous(memory_format=LAST[t.ndim]) for t in (x, w, grad))
+    rules(FEW_HALVES=16)
     plan, actual = gradient(x, w, grad, options)
     assert isinstance(plan.config, columns.WeightColumns), plan
     exact = oracle(geometry.ndim, x, w, None, grad, **options)[2]
@@ -395,7 +409,7 @@ def test_gradients_of_weights_on_a_gpu(args, options, precision, last):
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
 )
-def test_few_output_channels_on_a_gpu(args, options, precision, last):
+def test_few_output_channels_on_a_gpu(args, options, precision, last, rules):
     """At full size, no worse than torch; the same bits every time."""
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     dtype = getattr(torch, precision, torch.float32)
@@ -405,6 +419,7 @@ def test_few_output_channels_on_a_gpu(args, options, precision, last):
     w = torch.randn(c_in, c_out, *geometry.kernel, device="cuda").to(dtype)
     if last and n > 1:
         x = x.contiguous(memory_format=LAST[x.ndim])
+    rules(MANY_TAPS=1)
     plan = dispatch_of(x, w, None, options)
     assert plan.family == "columns" or precision == "ieee", plan
     actual = TCONV[n](x, w, None, **options)

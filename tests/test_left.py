@@ -235,7 +235,7 @@ def test_copies_are_shared(dtype, device, leaving, monkeypatch):
         assert copied == [grad.shape, weight.shape, input.shape]
         assert torch.equal(results[0], torch.ops.tconv.backward_input(grad, weight, list(input.shape[2:]), *layer))
         assert torch.equal(results[1], torch.ops.tconv.backward_weight(grad, input, list(weight.shape[2:]), *layer))
-        assert copied == [grad.shape, weight.shape, input.shape] + [grad.shape, weight.shape] + [grad.shape, input.shape]
+        assert copied == [grad.shape, weight.shape, input.shape, grad.shape, weight.shape, grad.shape, input.shape]
     dispatch.plan.cache_clear()
 
 

@@ -155,11 +155,11 @@ def test_weights_as_they_lie(name):
     for resident in sorted({kind[5] for kind in found}):
         kind = draw.choice(sorted((kind for kind in found if kind[5] == resident), key=repr))
         tile, *last = found[kind][0]
-        assert shift.takes_raw(tile, "pieces") and not shift.takes_raw(tile, "channels")
+        assert shift.takes_raw(tile, "pieces", 64) and not shift.takes_raw(tile, "channels", 64)
         tile = replace(tile, raw=True)
         y, exact = run(g, "bf16", tile, *last, c_in, c_out, seed=3)
         assert_near(y, exact, "bf16", tile)
-    assert not shift.takes_raw(replace(tile, size=4), "pieces")
+    assert not shift.takes_raw(replace(tile, size=4), "pieces", 64) and not shift.takes_raw(tile, "pieces", 56)
 
 
 @pytest.mark.parametrize("name", ("k4s2p1", "k2s2", "k3p1", "1d_k16s8", "3d_k3s2p1op1", "k7x5p3x1"))

@@ -127,9 +127,10 @@ def add_columns(
 ):  # fmt: skip
     """dst[n, co, o] = bias[co] + sum over the taps that reach o, and over splits, of partial[split, pixel, column].
 
-    A program has ROWS rows of BLOCK outputs of one phase, whose taps are the same: what they are, and where a row lies, is worked
-    out once, not for each output.  Along an axis at most most_ taps reach an output.  c_dst is a group's; of_channel and of_tap
-    are how many columns lie between its destination channels and between its taps.  A row is of CHANNELS, or along the width.
+    A program has outputs of one phase, whose taps are the same: what they are is worked out once, not for each output.  They are
+    ROWS rows of BLOCK, so that where a row lies is worked out once as well; or, where rows are short, ROWS = 0 and BLOCK outputs of
+    as many rows as it takes.  Along an axis at most most_ taps reach an output.  c_dst is a group's; of_channel and of_tap are
+    how many columns lie between its destination channels and between its taps.  A row is of CHANNELS, or along the width.
     """
     q_d = tl.cdiv(d_dst, strided)
     q_h = tl.cdiv(h_dst, strideh)
@@ -146,9 +147,17 @@ def add_columns(
     used_d = tl.minimum(strided, d_dst)
     phase_d = pid % used_d
     pid = pid // used_d
-    blocks = tl.cdiv(channels if CHANNELS else q_w, BLOCK)
-    along = (pid % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
-    row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
+    length = channels if CHANNELS else q_w
+    if ROWS:
+        blocks = tl.cdiv(length, BLOCK)
+        along = (pid % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+        row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
+        acc = tl.zeros((ROWS, BLOCK), tl.float64)
+    else:
+        along = pid * BLOCK + tl.arange(0, BLOCK)
+        row = along // length
+        along = along % length
+        acc = tl.zeros((BLOCK,), tl.float64)
     if CHANNELS:
         channel = along
         qw = row % q_w
@@ -170,7 +179,6 @@ def add_columns(
     columns = channels * kd * kh * kw
     pixels = batch * d_src * h_src * w_src
     column = channel // c_dst * c_dst * kd * kh * kw + channel % c_dst * of_channel
-    acc = tl.zeros((ROWS, BLOCK), tl.float64)
     for jd in range(most_d):
         d = id0 + jd * step_d
         plane_ok = ok & (jd < count_d) & (d >= 0)

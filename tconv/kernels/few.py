@@ -134,7 +134,9 @@ def gather_few(
     the weight's strides along group, source channel, depth, and for t.weight to multiply.  SRC_VECTOR and DST_VECTOR divide
     the strides and the width of a tensor along whose width neighbours lie.
     """
-    SRC_LAYOUT: tl.constexpr = "vectors" if t.own and t.lanes > 1 else "width" if SRC_WIDTH and t.lanes == 1 else "strided"
+    SRC_LAYOUT: tl.constexpr = (
+        "vectors" if t.own and t.lanes > 1 else "width" if SRC_WIDTH and t.lanes == 1 else "strided"
+    )
     DST_LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width" if DST_WIDTH else "strided"
     # Not the channels': a channel of a thread's own is the first of one, and to say so made longer code.
     src_n, _, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)

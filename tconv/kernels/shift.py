@@ -40,7 +40,9 @@ def descriptor_layouts(p):
     """Of the blocks of weights, and of the input that a bulk copy brings."""
     rank = 2 if p.strip else 5 if p.volume else 4
     pixels_inside = p.how == "staged" and p.src_layout == "width"
-    return _swizzled(M if p.raw else p.kb, p.size, 3 if p.raw else 2), _swizzled(p.bring if pixels_inside else p.kb, p.size, rank)
+    return _swizzled(M if p.raw else p.kb, p.size, 3 if p.raw else 2), _swizzled(
+        p.bring if pixels_inside else p.kb, p.size, rank
+    )
 
 
 @triton.constexpr_function
