@@ -137,17 +137,15 @@ def of_few(
     # Of many pixels tiles are wide, so that the weight is read less often; through registers, where it is rounded, it takes long.
     if how == "tf32" and pixels >= 4 * FEW_PIXELS * 2 * target.processors:
         return replace(tile, pixels=4 * FEW_PIXELS, num_warps=8, num_stages=2)
-    return (
-        replace(tile, num_stages=2) if c_in <= 2 * block_k else tile
-    )  # with few steps, room for more programs is better
+    # With few steps, room for more programs is better than stages.
+    return replace(tile, num_stages=2) if c_in <= 2 * block_k else tile
 
 
 # The gradient of the weight.
 UNROLL = 4  # pixels whose loads are on their way together
 SHORT = 40  # fp32 sums of fewer pixels have no tensor core to go to (problem.IEEE_PRODUCTS)
-FEW_HALVES = (
-    2  # in 16 bits: at 4 pixels cuDNN's product between copies is as fast (31 us, in channels_last 14 without them)
-)
+# And of 16-bit ones: at 4 cuDNN's product between copies is as fast (31 us, in channels_last 14 without them).
+FEW_HALVES = 2
 
 
 @dataclass(frozen=True)

@@ -411,7 +411,7 @@ def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool) -
 def _backward_input_of_copies(function, size, grad_output, weight) -> torch.Tensor:
     """What function, of aten.backward_input, makes of channels_last copies; of that size."""
     copy = _of_gradient(grad_output)
-    if weight.is_contiguous() and prod(weight.shape[2:]) > 1:
+    if weight.is_contiguous() and _is_whole(weight, weight.shape[1]):
         weight = channels_last(weight)
     size = size if len(size) > 3 else (*size[:2], 1, size[2])
     like = torch.empty(size, dtype=copy.dtype, device=copy.device, memory_format=_suggested(copy))
@@ -427,8 +427,12 @@ def _backward_weight_of_copies(function, grad_output, input, like) -> torch.Tens
 
 def _contiguous_if_whole(t) -> torch.Tensor:
     """A dense channels_last tensor as a contiguous one, if `contiguous` takes it."""
-    whole = prod(t.shape[2:]) % (16 // t.element_size()) == 0
-    return contiguous(t) if whole and t.movedim(1, -1).is_contiguous() else t
+    return contiguous(t) if _is_whole(t, prod(t.shape[2:])) and t.movedim(1, -1).is_contiguous() else t
+
+
+def _is_whole(t, count: int) -> bool:
+    """Whether so many elements are whole pieces of 16 bytes, as `arrange` writes them, with its 32-bit offsets."""
+    return count % (16 // t.element_size()) == 0 and not is_large(t)
 
 
 def _arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: bool, packing: bool) -> None:
@@ -555,9 +559,8 @@ def _lies(weight) -> str:
     """Problem.weight of a weight."""
     lies, c_out = order(weight), weight.shape[1]
     inside = lies == "channels" or (lies == "taps" and prod(weight.shape[2:]) == 1)
-    whole = all(
-        n % 16 == 0 for n in (weight.data_ptr(), *(weight.element_size() * n for n in (c_out, weight.stride(0))))
-    )
+    bytes_apart = (weight.element_size() * n for n in (c_out, weight.stride(0)))
+    whole = weight.stride(0) > 0 and all(n % 16 == 0 for n in (weight.data_ptr(), *bytes_apart))
     return "pieces" if inside and whole else lies
 
 

@@ -27,7 +27,8 @@ TF32_GROUP_CHANNELS = 32
 # (1.5e-7 in root mean square) below which a short fp32 chain stays (4e-8 at 8 products).  At 48 products (L1/75) the
 # chain's largest error was the larger one, at 36 it was not.  Where TF32 is allowed, cuDNN computes such sums in fp32
 # too, unless both sides have many channels (L1/81: 32 products, 32 to 64 channels, TF32).
-# In channels_last it does not need more than TF32_GROUP_CHANNELS input channels (UNETR: 32 products, 32 to 16 channels, TF32).
+# In channels_last it computes forward sums with TF32_GROUP_CHANNELS input channels at TF32, whatever the output has (UNETR: 32
+# products, 32 to 16 channels).
 IEEE_PRODUCTS = 40
 # Longer sums take tf32x3 where TF32 is allowed: the tensor core truncates as it accumulates, and after 86,000 products
 # (FCN-32s, k64) that bias had grown to the size of TF32's own rounding.  tf32x3 adds in fp32 once a tile of K;

@@ -154,7 +154,8 @@ def split_tf32(v):
 
 @triton.jit
 def load_tile(base, pixel, channel, mask, LAYOUT: tl.constexpr):
-    """A [pixels, channels] tile; loaded so that neighbouring threads touch neighbouring addresses."""
+    """A [pixels, channels] tile; loaded so that neighbouring threads touch neighbouring addresses, or pixels where neither axis
+    is known to be contiguous."""
     if LAYOUT == "channels" or LAYOUT == "vectors" or FIRST:
         return tl.load(base + (pixel[:, None] + channel[None, :]), mask=mask, other=0.0)
     else:

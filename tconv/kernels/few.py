@@ -3,7 +3,7 @@
 A tensor-core tile would be mostly padding.  A program does every phase along height and width of its pixels, so that each
 source pixel is read once for all the products that it has a part in, and whole runs are written.  Multiply-adds in fp32
 (fp64 in the interpreter), exact whatever the TF32 flags say.  What differs between layers is a tconv.few.Few, `t`.  Tiles
-are pixels; or pixels by channels, `t.lanes` of them, in channels_last.
+are rows by columns of pixels; or pixels by channels, `t.lanes` of them, in channels_last.
 """
 
 import triton
