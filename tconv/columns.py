@@ -134,9 +134,10 @@ def of_few(
     tile = Columns(power_of_two(columns, 16, FEW_COLUMNS), FEW_PIXELS, block_k, 512, 4, stages)
     if how == "tf32x3":
         return replace(tile, pixels=FEW_PIXELS // 2)
-    # Of many pixels tiles are wide, so that the weight is read less often; through registers, where it is rounded, it takes long.
-    if how == "tf32" and pixels >= 4 * FEW_PIXELS * 2 * target.processors:
-        return replace(tile, pixels=4 * FEW_PIXELS, num_warps=8, num_stages=2)
+    # At TF32 tiles are wide where two programs a multiprocessor have them, since a weight that is rounded takes long to read.
+    wide = 4 * FEW_PIXELS
+    if how == "tf32" and pixels >= 2 * target.processors * wide:
+        return replace(tile, pixels=wide, num_warps=8, num_stages=2)
     # With few steps, room for more programs is better than stages.
     return replace(tile, num_stages=2) if c_in <= 2 * block_k else tile
 

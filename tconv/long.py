@@ -17,8 +17,8 @@ from .geometry import Geometry, sizes3
 STRIDE = 8
 # In channels_last, fewer channels than these in all: of more, neighbours are better off as channels, in the direct kernels.
 LAST_CHANNELS = 32
-# In backward_input, layers for which tensor cores would do: at most so many channels on either side, from so many phases on (k64 s32 has 1024, of
-# which cuDNN takes 6 us each), and products, which the CUDA cores do in about 0.5 ms.
+# In backward_input, layers for which tensor cores would do: at most so many channels on either side, from so many phases on
+# (k64 s32 has 1024, of which cuDNN takes 6 us each), and products, which the CUDA cores do in about 0.5 ms.
 CHANNELS, PHASES, PRODUCTS = 32, 256, 1 << 32
 SHORT = 128  # products of an fp32 sum that the forward pass adds one by one, at most (few.CHAIN has the errors)
 PROGRAMS = 4  # a multiprocessor, that sums are split for

@@ -59,9 +59,8 @@ class Problem:
     dense: bool = True  # whether both tensors fill their memory, contiguous or channels_last
     # Whether source and destination are channels_last, their channels and strides whole vectors of 16 elements.
     whole: tuple[bool, bool] = (False, False)
-    weight: str = (
-        "taps"  # forward: how the weight lies (launch.order), or "pieces": output channels innermost, in whole 16 bytes
-    )
+    # Forward: how the weight lies (launch.order), or "pieces": output channels innermost, in whole 16 bytes.
+    weight: str = "taps"
 
     @property
     def channels_last(self) -> bool:

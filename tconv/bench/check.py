@@ -5,6 +5,7 @@ The tests and the benchmark judge by the same functions.  Errors are relative to
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 
 import torch
@@ -146,6 +147,7 @@ def judge(
     if actual.shape != exact.shape:
         return (float("inf"),) * 2, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     error = largest, rms = errors(actual, exact)
+    rounded = rounded and cache(rounded)  # two bounds may ask
     ceiling = slack * max(CEILING[precision], 2**-24 * terms**0.5)
     if rms > ceiling and rounded is not None and slack > 1:
         ceiling = max(ceiling, min(MOST, ROUNDING * errors(rounded(), exact)[1]))

@@ -1,5 +1,6 @@
-"""The forward pass of layers whose weight is nearly all there is to read, or of few output channels: a GEMM over the weight as it lies in memory, and the addition of what its columns bring to each output (col2im).  And the
-gradients of weights that are mostly writing.
+"""The forward pass of layers whose weight is nearly all there is to read, or of few output channels: a GEMM over the weight
+as it lies in memory, and the addition of what its columns bring to each output (col2im).  And the gradients of weights that
+are mostly writing.
 
 No packing: a tile of pixels reads the weight once, in its own order, in runs of 16 bytes.
 """
