@@ -19,8 +19,8 @@ _inside, _before = 0, False  # threads inside, and what the flag was when the fi
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
-    """torch's flag is the process's: a convolution of torch's own in another thread sees it set meanwhile."""
+def deterministic() -> Iterator[None]:
+    """cuDNN's deterministic algorithms alone.  torch's flag is the process's: a convolution of torch's own in another thread sees it set meanwhile."""
     global _inside, _before
     with _lock:
         if not _inside:
@@ -43,7 +43,7 @@ def backward_bias(grad_output) -> torch.Tensor:
 
 def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     """aten's forward pass."""
-    with _deterministic():
+    with deterministic():
         return torch.ops.aten.convolution(input, weight, bias, *_layer(geometry))
 
 
@@ -53,29 +53,36 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
 
 def backward_input(grad_output, weight, like, geometry: Geometry) -> torch.Tensor:
     """aten's grad_input."""
-    return _gradient(0, grad_output, like, weight, geometry)
+    return _gradients((True, False), grad_output, like, weight, geometry)[0]
 
 
 def backward_weight(grad_output, input, like, geometry: Geometry, parts: int = 1) -> torch.Tensor:
     """aten's grad_weight, the sum of those of so many parts of the batch."""
-    batches = zip(grad_output.tensor_split(parts), input.tensor_split(parts))
-    total = _gradient(1, *next(batches), like, geometry)
+    batches = (
+        zip(grad_output.tensor_split(parts), input.tensor_split(parts)) if parts > 1 else iter([(grad_output, input)])
+    )
+    total = _gradients((False, True), *next(batches), like, geometry)[1]
     for part in batches:
-        total += _gradient(1, *part, like, geometry)
+        total += _gradients((False, True), *part, like, geometry)[1]
     return total
 
 
-def _gradient(which: int, grad_output, input, weight, geometry: Geometry) -> torch.Tensor:
-    """The gradient of input (0) or weight (1).  Activations of a 1-d layer may have a height of 1 before their width."""
-    mask = [which == 0, which == 1, False]
+def gradients(grad_output, input, weight, geometry: Geometry) -> list[torch.Tensor]:
+    """aten's grad_input and grad_weight, from one call."""
+    return _gradients((True, True), grad_output, input, weight, geometry)
+
+
+def _gradients(which: tuple[bool, bool], grad_output, input, weight, geometry: Geometry) -> list[torch.Tensor]:
+    """The gradients of input and weight, those of them that are asked for.  Activations of a 1-d layer may have a height of 1
+    before their width."""
     layer = _layer(geometry)
     if lifted := geometry.ndim == 1 and grad_output.ndim == 4:
         stride, padding, dilation, transposed, output_padding, groups = layer
         layer = (1, *stride), (0, *padding), (1, *dilation), transposed, (0, *output_padding), groups
         input, weight = (t.unsqueeze(2) if t.ndim == 3 else t for t in (input, weight))
-    with _deterministic():
-        result = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *layer, mask)[which]
-    return result.squeeze(2) if lifted else result
+    with deterministic():
+        found = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *layer, [*which, False])[:2]
+    return [t.squeeze(2) if lifted and t is not None else t for t in found]
 
 
 def _layer(g: Geometry) -> tuple:

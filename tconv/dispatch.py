@@ -32,7 +32,7 @@ def refuse(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     if not all(isinstance(t, torch.Tensor) for t in tensors):
         return "an argument is not a tensor"
     for t in tensors:
-        if type(t) not in _PLAIN and not _is_plain(t):
+        if type(t) not in PLAIN and not _is_plain(t):
             return f"{type(t).__name__} is a tensor subclass with rules of its own"
     device = input.device.type
     if device == "cpu" and not INTERPRET:
@@ -52,7 +52,7 @@ def refuse(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return None
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _is_plain(t: torch.Tensor) -> bool:

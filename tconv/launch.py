@@ -225,11 +225,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
         of = partial(aten.backward_weight, geometry=geometry, parts=chosen.splits)
         if chosen.arranged:
             of = partial(_backward_weight_of_copies, of)
-        operands = grad_output, input
-        if chosen.precision == "tf32" and not chosen.arranged:
-            with on_device(input):
-                operands = _round(noted, grad_output), _round(noted, input)
-        return noted.leave(key, of, *operands, grad_weight)
+        return noted.leave(key, of, grad_output, input, grad_weight)
 
     with on_device(input):
         if isinstance(chosen.config, columns.WeightColumns):
@@ -243,6 +239,50 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
             _weight_sums(noted, chosen, input, grad_output, partials, geometry, problem.large)
         _sum_partials(noted, partials, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)
     return noted.keep(key)
+
+
+def gradients(grad_output, input, weight, geometry: Geometry, needs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(grad_input, grad_weight) of a training step, None for what `needs` does not ask for."""
+    if needs[0] and needs[1]:
+        key = "gradients", geometry, flags(), record.facts(grad_output, input, weight)
+        way = record.find(key)
+        if way is None:
+            record.keep(key, way := _together(grad_output, input, weight, geometry) or _apart)
+        return way(grad_output, input, weight, geometry)
+    grad_input = backward_input(grad_output, weight, input.shape[2:], geometry) if needs[0] else None
+    return grad_input, backward_weight(grad_output, input, geometry) if needs[1] else None
+
+
+def _apart(grad_output, input, weight, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    with shared_copies():
+        grad_input = backward_input(grad_output, weight, input.shape[2:], geometry)
+        return grad_input, backward_weight(grad_output, input, geometry)
+
+
+def _together(grad_output, input, weight, geometry: Geometry):
+    """What makes both gradients with one call of aten, where it is left both in one way: such a call takes the host as long as
+    several launches.  None elsewhere."""
+    if 0 in (input.numel(), grad_output.numel()):
+        return None
+    formats = memory_format(grad_output, weight), memory_format(input, grad_output)
+    like = [
+        torch.empty(t.shape, dtype=t.dtype, device="meta", memory_format=f) for t, f in zip((input, weight), formats)
+    ]
+    where = geometry, input.shape, grad_output.shape[1]
+    of_input = make_problem("backward_input", *where, grad_output, like[0])
+    of_weight = make_problem("backward_weight", *where, input, grad_output)
+    one, other = (plan(problem, target_of(input.device)) for problem in (of_input, of_weight))
+    if not one.family == other.family == "aten" or other.splits > 1 or one.arranged != other.arranged:
+        return None
+    return partial(_of_one_call, one.arranged, [record.promised(t, f) for t, f in zip(like, formats)])
+
+
+def _of_one_call(arranged: bool, promised, grad_output, input, weight, geometry: Geometry):
+    if arranged:
+        made = _of_copies(grad_output, input, weight, geometry)
+    else:
+        made = aten.gradients(grad_output, input, weight, geometry)
+    return tuple(as_it(t) for as_it, t in zip(promised, made))
 
 
 def _weight_few(noted: Record, chosen: Plan, input, grad_output, partials, geometry: Geometry) -> None:
@@ -331,16 +371,6 @@ def _weight_columns(
         _sum_splits(noted, to, grad_weight)
 
 
-def _round(noted: Record, t: torch.Tensor) -> torch.Tensor:
-    """A dense tensor rounded to TF32, in its memory format."""
-    from .kernels.copies import round_dense
-
-    rounded = noted.workspace(t.shape, t.dtype, t, _suggested(t))
-    block = 4096
-    noted.launch(round_dense, cdiv(t.numel(), block), t, rounded, t.numel(), ALIGNED=t.numel() % 16 == 0, BLOCK=block)
-    return rounded
-
-
 def channels_last(t) -> torch.Tensor:
     """A contiguous activation's or weight's copy with its second dimension, whole pieces of 16 bytes, innermost; in fp32 rounded
     to TF32.  Those of 1-d layers have a height of 1 then."""
@@ -410,9 +440,7 @@ def _transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool) -
 # and its gradient, take longer still.
 def _backward_input_of_copies(function, size, grad_output, weight) -> torch.Tensor:
     """What function, of aten.backward_input, makes of channels_last copies; of that size."""
-    copy = _of_gradient(grad_output)
-    if weight.is_contiguous() and _is_whole(weight, weight.shape[1]):
-        weight = channels_last(weight)
+    copy, weight = _of_gradient(grad_output), _of_weight(weight)
     size = size if len(size) > 3 else (*size[:2], 1, size[2])
     like = torch.empty(size, dtype=copy.dtype, device=copy.device, memory_format=_suggested(copy))
     made = function(copy, weight, like)
@@ -423,6 +451,17 @@ def _backward_input_of_copies(function, size, grad_output, weight) -> torch.Tens
 def _backward_weight_of_copies(function, grad_output, input, like) -> torch.Tensor:
     """What function, of aten.backward_weight, makes of channels_last copies."""
     return _contiguous_if_whole(function(_of_gradient(grad_output), channels_last(input), like))
+
+
+def _of_copies(grad_output, input, weight, geometry: Geometry) -> list[torch.Tensor]:
+    """What aten.gradients makes of channels_last copies."""
+    made = aten.gradients(channels_last(grad_output), channels_last(input), _of_weight(weight), geometry)
+    return [_contiguous_if_whole(t) for t in made]
+
+
+def _of_weight(weight) -> torch.Tensor:
+    """channels_last of a weight that it takes."""
+    return channels_last(weight) if weight.is_contiguous() and _is_whole(weight, weight.shape[1]) else weight
 
 
 def _contiguous_if_whole(t) -> torch.Tensor:

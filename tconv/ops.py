@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
 from . import aten, launch
+from .dispatch import PLAIN
 from .geometry import Geometry, make_geometry
 
 _LAYER = "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt groups, SymInt[] dilation"
@@ -79,7 +80,7 @@ def _plain_keys(device: str) -> frozenset[int]:
 _AUTOGRAD_KEY = torch._C.DispatchKey.AutogradFunctionality
 
 
-def _alone(args) -> bool:
+def alone(args) -> bool:
     """Whether nothing but autograd stands between a call and the kernels: no mode, transform or trace that wants to see an
     operator, autograd where it is expected, and no tensor that torch's dispatcher would treat in a way of its own."""
     if (
@@ -93,12 +94,23 @@ def _alone(args) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return False
+    keys = torch._C._dispatch_keys
     plain = _plain_keys(args[0].device.type)
-    return all(
-        type(t) in (torch.Tensor, torch.nn.Parameter) and torch._C._dispatch_keys(t).raw_repr() in plain
-        for t in args[:3]
-        if isinstance(t, torch.Tensor)
-    )
+    for t in args[:3]:
+        if type(t) in PLAIN:
+            if keys(t).raw_repr() not in plain:
+                return False
+        elif isinstance(t, torch.Tensor):
+            return False
+    return True
+
+
+def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
+    """conv_transpose of tensors that are `alone`."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
+        layer = geometry.stride, geometry.padding, geometry.output_padding, geometry.groups, geometry.dilation
+        return _AUTOGRAD["conv_transpose"].apply(input, weight, bias, *layer, None)  # type: ignore[attr-defined]
+    return launch.forward(input, weight, bias, geometry)
 
 
 def _operator(name: str):
@@ -107,7 +119,7 @@ def _operator(name: str):
     operator, function = getattr(torch.ops.tconv, name), _KERNELS[name]
 
     def call(*args):
-        if not _alone(args):
+        if not alone(args):
             return operator(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return _AUTOGRAD[name].apply(*args, None)
@@ -161,13 +173,15 @@ def _conv_transpose_setup(ctx, inputs, output):
 def _conv_transpose_backward(ctx, grad):
     input, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    with launch.shared_copies():
-        return (
-            backward_input(grad, weight, input.shape[2:], *ctx.layer) if needs[0] else None,
-            backward_weight(grad, input, weight.shape[2:], *ctx.layer) if needs[1] else None,
-            backward_bias(grad) if needs[2] else None,
-            *(None,) * 5,
-        )
+    if not torch.is_grad_enabled() and alone((grad, input, weight)):
+        both = launch.gradients(grad, input, weight, _geometry(weight.shape[2:], ctx.layer), needs)
+        return *both, launch.backward_bias(grad) if needs[2] else None, *(None,) * 5
+    return (
+        backward_input(grad, weight, input.shape[2:], *ctx.layer) if needs[0] else None,
+        backward_weight(grad, input, weight.shape[2:], *ctx.layer) if needs[1] else None,
+        backward_bias(grad) if needs[2] else None,
+        *(None,) * 5,
+    )
 
 
 def _backward_input_setup(ctx, inputs, output):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,13 @@ import torch
 FUSED = {"enable_fp_fusion": True}
 
 
+def _is_elsewhere(t: torch.Tensor) -> bool:
+    return t.is_cuda and t.device.index != torch._C._cuda_getDevice()
+
+
 def on_device(t: torch.Tensor):
     """Triton launches on the current device; this makes it the tensor's."""
-    if t.device.type == "cuda" and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
+    return torch.cuda.device(t.device) if _is_elsewhere(t) else contextlib.nullcontext()
 
 
 class Described(NamedTuple):
@@ -37,6 +40,34 @@ def _described(base: torch.Tensor, facts: tuple):
     return TensorDescriptor(base, *facts)
 
 
+def _described_again(base: torch.Tensor | None, like):
+    """`like` of another tensor, without the checks that its own facts have passed: they take as long as a launch."""
+    made = object.__new__(type(like))
+    made.__dict__.update(like.__dict__, base=base)
+    return made
+
+
+@cache
+def _triton() -> tuple:
+    """Triton's driver and run-time settings: to import them at each launch would take as long as the rest of it."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return driver, knobs.runtime
+
+
+class Step(NamedTuple):
+    """A launch: Triton's compiled kernel, what of it a launch takes, and the arguments."""
+
+    compiled: Any
+    run: Callable
+    function: Any
+    metadata: Any
+    grid: tuple[int, int, int]
+    values: list  # None where a tensor has its place
+    places: list[tuple[int, int, Any]]  # (position, which of the known tensors, a descriptor like its own or None)
+
+
 class Record:
     """The launches of one pass, built by carrying it out: `result` and `workspace` allocate, `launch` launches, and all
     take note; `keep` or `leave` ends it.  `again` repeats it on other tensors of the same facts."""
@@ -48,7 +79,7 @@ class Record:
         # Parts of tensors, and how to cut them again: (which of the known tensors, dimension, first, how many).
         self._parts: list[torch.Tensor] = []
         self._cuts: list[tuple[int, int, int, int]] = []
-        self._steps: list[tuple] = []
+        self._steps: list[Step] = []
         self._left: Callable[[tuple], torch.Tensor] | None = None  # makes the result where no step does
         # Whether every launch can be repeated: not those of a tensor that plays two parts, which others need not play.
         self._complete = len({id(t) for t in tensors if t is not None}) == sum(t is not None for t in tensors)
@@ -93,15 +124,19 @@ class Record:
         if not hasattr(compiled, "__getitem__"):  # the interpreter compiles nothing
             self._complete = False
             return
-        named = dict(zip(kernel.arg_names, args)) | constants
+        named = dict(zip(kernel.arg_names, real)) | constants
         values = [named[name] for name in kernel.arg_names]
-        places = []  # (position, which of the known tensors, its descriptor's facts)
+        places: list[tuple[int, int, Any]] = []
         for i, value in enumerate(values):
-            base, facts = value if isinstance(value, Described) else (value, None)
-            if isinstance(base, torch.Tensor):
-                places.append((i, self._place(base), facts))
+            base = getattr(value, "base", None)
+            if isinstance(value, torch.Tensor):
+                places.append((i, self._place(value), None))
                 values[i] = None  # a record keeps no tensor alive
-        self._steps.append((compiled[(grid[0], grid[1], 1)], values, places))
+            elif isinstance(base, torch.Tensor):
+                places.append((i, self._place(base), _described_again(None, value)))
+                values[i] = None
+        of_kernel = compiled.run, compiled.function, compiled.packed_metadata
+        self._steps.append(Step(compiled, *of_kernel, (*grid, 1), values, places))
 
     def keep(self, key: tuple) -> torch.Tensor:
         """Let `find` find this, if it can be repeated; returns the result."""
@@ -109,7 +144,7 @@ class Record:
         assert result is not None
         self._known, self._parts = [], []
         if self._complete:
-            _keep(key, self)
+            keep(key, self)
         return result
 
     def leave(self, key: tuple, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -118,47 +153,73 @@ class Record:
         places = tuple(map(self._place, inputs))
         result = self._known[-len(self._allocations)]
         assert result is not None
-        promised, format = result.stride(), self._allocations[0]["memory_format"]
+        as_it = promised(result, self._allocations[0]["memory_format"])
         if len(self._allocations) == 1 and not any(t is result for t in inputs):
             self._allocations = []  # the function allocates its result by itself
         self._known = []
 
         def make(*inputs) -> torch.Tensor:
-            made = function(*inputs).contiguous(memory_format=format)
-            # Of dimensions of size 1 the strides can differ.
-            return made if made.stride() == promised else made.as_strided(made.shape, promised)
+            return as_it(function(*inputs))
 
         self._left = lambda known: make(*(known[n] for n in places))
         if self._complete:
-            _keep(key, self)
+            keep(key, self)
         return make(*inputs)
 
     def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
         """Carry it out on other tensors; returns the result."""
         first = tensors[0]
         assert first is not None
-        with on_device(first):
-            known = *tensors, *(torch.empty(**how) for how in self._allocations)
-            if self._cuts:
-                known += tuple(known[n].narrow(*cut) for n, *cut in reversed(self._cuts))  # type: ignore[union-attr]
-            for start, values, places in self._steps:
-                args = values.copy()
-                for i, at, facts in places:
-                    args[i] = known[at] if facts is None else _described(known[at], facts)
-                start(*args)
+        if _is_elsewhere(first):
+            with torch.cuda.device(first.device):
+                return self.again(*tensors)
+        known = *tensors, *[torch.empty(**how) for how in self._allocations]
+        if self._cuts:
+            known += tuple(known[n].narrow(*cut) for n, *cut in reversed(self._cuts))  # type: ignore[union-attr]
+        if self._steps:
+            self._launch_again(known)
         if self._left:
             return self._left(known)
         result = known[len(tensors)]
         assert result is not None
         return result
 
+    def _launch_again(self, known: tuple) -> None:
+        driver, knobs = _triton()
+        device = driver.active.get_current_device()
+        stream = driver.active.get_current_stream(device)
+        # Triton has a chain of hooks around each launch, whose calls take time even where there are none.
+        hooks = knobs.launch_enter_hook, knobs.launch_exit_hook
+        watched = any(getattr(hook, "calls", hook) for hook in hooks)
+        for compiled, run, function, metadata, grid, values, places in self._steps:
+            args = values.copy()
+            for i, at, like in places:
+                args[i] = known[at] if like is None else _described_again(known[at], like)
+            if watched:
+                compiled[grid](*args)
+            else:
+                run(*grid, stream, function, metadata, None, None, None, *args)
+
+
+def promised(like: torch.Tensor, format: torch.memory_format) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes of results of like's shape, in whatever layout, ones in its memory format with its strides."""
+    strides = like.stride()
+
+    def make(result: torch.Tensor) -> torch.Tensor:
+        made = result.contiguous(memory_format=format)
+        # Of dimensions of size 1 the strides can differ.
+        return made if made.stride() == strides else made.as_strided(made.shape, strides)
+
+    return make
+
 
 MOST_RECORDS = 4096  # then all are forgotten, so that ever new sizes do not fill the memory
-_records: dict[tuple, Record] = {}
+_records: dict[tuple, Any] = {}
 find = _records.get
 
 
-def _keep(key: tuple, record: Record) -> None:
+def keep(key: tuple, record: Any) -> None:
+    """Let `find` find a Record, or what else follows from the facts in `key`."""
     if len(_records) >= MOST_RECORDS:
         forget()
     _records[key] = record

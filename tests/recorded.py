@@ -40,12 +40,14 @@ class Utils:
 
 
 class Launcher:
-    """Of a compiled kernel: writes down what it is called with."""
+    """Of a compiled kernel: writes down what it is called with, and calls the hook."""
 
     def __init__(self, source, metadata):
         self.overlaps = metadata.launch_pdl
 
     def __call__(self, *args):
+        if args[7]:
+            args[7](args[6])
         started.append((*args[:6], self.overlaps, *args[9:]))  # without the launch's metadata and hooks
 
 
@@ -100,8 +102,12 @@ def compare(title, function, *args) -> bool:
         second.dtype,
     )
     kernels = [args[4] for args in before]
-    # Who begins before the launch ahead has ended waits for it by itself, and nobody else does; nor does the first.
-    waits = [i > 0 and name.startswith(("tconv_shift", "tconv_arrange")) for i, name in enumerate(kernels)]
+    # Who begins before the launch ahead has ended waits for it by itself, and nobody else does; nor does the first.  Copies for
+    # aten are passes of their own.
+    waits = [
+        i > 0 and "left" not in title and name.startswith(("tconv_shift", "tconv_arrange"))
+        for i, name in enumerate(kernels)
+    ]
     apart = [name for name, own, args in zip(kernels, waits, before) if args[6] != str(own)]
     apart += [name for name in kernels if "lies" in title and "forward" in title and "pack" in name]
     if apart:
@@ -158,8 +164,19 @@ def main() -> int:
         good &= compare(f"{title} backward_bias", launch.backward_bias, y)
     record.forget()
     launch.target_of = lambda device: replace(target, without=())
-    good &= compare("left backward_weight", launch.backward_weight, y, x, geometry)
+    good &= compare("left backward_weight", launch.backward_weight, y.contiguous(), x.contiguous(), geometry)
     launch.target_of = lambda device: target
+    # A hook of Triton's that somebody has set sees repeated launches as well.
+    seen: list = []
+    hook = seen.append
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    good &= compare("hooked forward", launch.forward, x, w, bias, geometry)
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    hooked = len(record.find(next(reversed(record._records)))._steps)
+    if len(seen) != 2 * hooked:
+        print(f"{len(seen)} of {2 * hooked} launches were seen by a hook")
+        good = False
+    record.forget()
     count = len(record._records)
     print(f"Triton {triton.__version__}: {count} records")
     # Other facts, another record: alignment, strides, the bias, torch's precision flag.

@@ -34,10 +34,10 @@ KERNELS = {
     "long": ("gather_phases", "input_columns"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "shift": ("shift",),
-    "copies": ("round_dense", "arrange"),
+    "copies": ("arrange",),
 }
 # Kernels that a target does not run: gradients are left to cuDNN alone.
-ELSEWHERE = {"sm_90": set(), "gfx942": {"shift", "arrange", "round_dense"}}
+ELSEWHERE = {"sm_90": set(), "gfx942": {"shift", "arrange"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Tiles for sm_80 also serve sm_86 and sm_89.
 TARGETS = {
     "sm_80": (Target("cuda", 80, 108), ("cuda", "80"), 99 * 1024),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from samples import NAMES, Sample, assert_near, each, sample
 
-from tconv import ops
+from tconv import launch
 from tconv.dispatch import INTERPRET
 
 # gradcheck needs float64, which reaches the kernels in the interpreter alone (on CUDA it runs aten).
@@ -34,8 +34,8 @@ def test_any_subset_of_gradients(wanted, device, monkeypatch):
 
     ran = set()
     for name in PASS_OF.values():
-        original = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, name=name, f=original: (ran.add(name), f(*a))[1])
+        original = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *a, name=name, f=original: (ran.add(name), f(*a))[1])
     leaves = [t.detach().requires_grad_(n in wanted) for n, t in zip(NAMES, tensors, strict=True)]
     case.ours(*leaves, **case.layer).backward(grad_output)
     for name, leaf in zip(NAMES, leaves, strict=True):

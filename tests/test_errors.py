@@ -170,6 +170,21 @@ def test_bad_input(bad, n, device, nothing_runs):
         assert isinstance(torchs, bad.error), f"torch: {torchs!r}"
 
 
+@pytest.mark.parametrize("bad", BAD, ids=lambda b: b.id)
+def test_bad_input_after_a_good_call(bad, device, request):
+    """A call like an earlier one skips the checks one by one; what only equals it (1.0 equals 1) does not."""
+    layer = dict(stride=(1, 1), padding=(1, 1), output_padding=(0, 0), groups=1, dilation=(1, 1))
+    first = good(2, device)
+    for _ in range(2):
+        TCONV[2](**first, **layer)
+    if device == "cuda" or functional.refuse(*first.values()) is None:
+        assert functional._known(2, *first.values(), *layer.values())[1] is not None
+    change = {k: v for k, v in arguments(bad, 2, device).items() if k in bad.change(2)}
+    request.getfixturevalue("nothing_runs")
+    with pytest.raises(bad.error, match=bad.text):
+        TCONV[2](**first | layer | change)
+
+
 @pytest.mark.parametrize("n", (1, 2, 3), ids="{}d".format)
 def test_the_text_names_the_function(n, device):
     with pytest.raises(RuntimeError, match=rf"^conv_transpose{n}d\(\): expected stride to be positive, got stride="):

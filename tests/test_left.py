@@ -120,12 +120,13 @@ def test_short_sums_at_tf32(c_in, c_out, kernel, whole, expected):
 
 
 @pytest.mark.parametrize(
-    "c_in, kernel, left", [(64, 2, False), (68, 2, True), (64, 4, True), (20, 4, True), (16, 4, False)]
+    "c_in, c_out, kernel, left",
+    [(64, 64, 2, False), (68, 64, 2, True), (64, 64, 4, True), (60, 64, 4, False), (68, 48, 2, False)],
 )
-def test_which_gradients_of_inputs_are_copied(c_in, kernel, left):
-    """At TF32 those of which each element meets more than 64 products: c_in * kernel^2 / stride^2."""
+def test_which_gradients_of_inputs_are_copied(c_in, c_out, kernel, left):
+    """At TF32 those of 64 channels of which each element meets more than 64 products: c_in * kernel^2 / stride^2."""
     geometry = Geometry((kernel, kernel), (2, 2), (0, 0), (0, 0), 1, (1, 1))
-    facts = dict(batch=4, c_in=c_in, c_out=32, input_size=(48, 48), tf32=True, source="width")
+    facts = dict(batch=4, c_in=c_in, c_out=c_out, input_size=(48, 48), tf32=True, source="width")
     for dtype, arranged in ((torch.float32, left), (torch.bfloat16, c_in % 8 == 0)):
         plan = dispatch.plan(Problem("backward_input", geometry, dtype=dtype, **facts), HOPPER)
         assert (plan.family, plan.arranged) == ("aten", arranged)
@@ -210,6 +211,7 @@ def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     monkeypatch.setattr(families, "LEFT_PRODUCTS", 16)
     monkeypatch.setattr(families, "LEFT_READ", 0)
+    monkeypatch.setattr(families, "LEFT_CHANNELS", 0)
     monkeypatch.setattr(problem, "TF32_GROUP_CHANNELS", 8)
     dispatch.plan.cache_clear()
     record.forget()
@@ -223,9 +225,10 @@ def test_by_way_of_copies(case, dtype, device, leaving, monkeypatch):
         assert (of_input.family, of_weight.family) == ("aten", "aten")
         assert of_input.arranged == (whole and "pixels" not in case.id and (half or "groups" not in case.id))
         assert of_weight.arranged == whole
-        assert of_weight.splits == (1 if half else case.input[0])
+        in_parts = whole and not half
+        assert of_weight.splits == (case.input[0] if in_parts else 1)
         assert ("of channels_last copies" in str(explained)) == whole
-        assert ("parts of the batch" in str(explained)) == (not half)
+        assert ("parts of the batch" in str(explained)) == in_parts
         results = (
             launch.backward_input(grad, weight, input.shape[2:], explained.geometry),
             launch.backward_weight(grad, input, explained.geometry),
@@ -242,34 +245,80 @@ def test_kernels_compile_without_aten(case, device, leaving):
     input, weight, _, grad = make(case, torch.bfloat16, device)
     geometry = tconv.explain(input, weight, **case.layer).geometry
     record.forget()
-    with patch.multiple(aten, forward=worker._forward, backward_input=worker._like, backward_weight=worker._like):
+    likes = dict(backward_input=worker._like, backward_weight=worker._like, gradients=worker._both)
+    with patch.multiple(aten, forward=worker._forward, **likes):
         assert launch.backward_input(grad, weight, input.shape[2:], geometry).shape == input.shape
         assert launch.backward_weight(grad, input, geometry).shape == weight.shape
+        both = launch.gradients(grad, input, weight, geometry, (True, True))
+        assert [t.shape for t in both] == [input.shape, weight.shape]
     record.forget()
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_copies_are_shared(dtype, device, leaving, monkeypatch):
-    """A step copies the output's gradient once, and results are those of the passes by themselves."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    copied = []
-    made = launch.channels_last
-    monkeypatch.setattr(launch, "channels_last", lambda t, *about: copied.append(t.shape) or made(t, *about))
+@pytest.fixture
+def copied(monkeypatch):
+    """The shapes of what is copied, with TF32's copies as 16 bits have them."""
+    shapes, made = [], launch.channels_last
+    monkeypatch.setattr(launch, "channels_last", lambda t: shapes.append(t.shape) or made(t))
     monkeypatch.setattr(families, "LEFT_READ", 0)
+    monkeypatch.setattr(families, "LEFT_CHANNELS", 0)
     dispatch.plan.cache_clear()
-    input, weight, _, grad = make(COPIED[1], dtype, device)
-    stride, padding, output_padding = (2, 2), (1, 1), (1, 1)
-    layer = stride, padding, output_padding, 1, (1, 1)
+    record.forget()
+    yield shapes
+    dispatch.plan.cache_clear()
+    record.forget()
+
+
+@pytest.mark.parametrize("way", ("one call", "in parts", "one frozen"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", COPIED[:2] + COPIED[3:4], ids=lambda c: c.id)
+def test_a_steps_gradients(case, dtype, way, device, leaving, monkeypatch, copied):
+    """A step copies the output's gradient once, for one call of aten if nothing is summed in parts, and results are those of the
+    passes by themselves."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    monkeypatch.setattr(problem, "TF32_GROUP_CHANNELS", 8)
+    if way == "in parts":
+        monkeypatch.setattr(families, "LEFT_PRODUCTS", 16)
+    together, both = [], aten.gradients
+    monkeypatch.setattr(aten, "gradients", lambda *args: together.append(1) or both(*args))
+    input, weight, _, grad = make(case, dtype, device)
+    geometry = tconv.explain(input, weight, **case.layer).geometry
+    layer = geometry.stride, geometry.padding, geometry.output_padding, geometry.groups, geometry.dilation
+    half, frozen = dtype is torch.bfloat16, way == "one frozen"
     for _ in range(2):
-        leaves = [t.detach().requires_grad_(True) for t in (input, weight)]
-        output = tconv.conv_transpose2d(*leaves, None, *layer)
+        leaves = [input.detach().requires_grad_(True), weight.detach().requires_grad_(not frozen)]
+        output = TCONV[case.ndim](*leaves, None, *layer)
         copied.clear()
-        results = torch.autograd.grad(output, leaves, grad)
-        assert copied == [grad.shape, weight.shape, input.shape]
-        assert torch.equal(results[0], torch.ops.tconv.backward_input(grad, weight, list(input.shape[2:]), *layer))
-        assert torch.equal(results[1], torch.ops.tconv.backward_weight(grad, input, list(weight.shape[2:]), *layer))
-        assert copied == [grad.shape, weight.shape, input.shape, grad.shape, weight.shape, grad.shape, input.shape]
-    dispatch.plan.cache_clear()
+        together.clear()
+        results = torch.autograd.grad(output, leaves[:1] if frozen else leaves, grad)
+        alike = not frozen and (half or (way == "one call" and geometry.groups == 1))
+        assert len(together) == alike
+        if alike:
+            assert copied == [grad.shape, input.shape, weight.shape]
+        elif geometry.groups == 1:
+            assert copied == [grad.shape, weight.shape, input.shape][: 2 if frozen else 3]
+        operators = torch.ops.tconv
+        assert torch.equal(results[0], operators.backward_input(grad, weight, list(input.shape[2:]), *layer))
+        assert results[0].stride() == input.stride()
+        if not frozen:
+            assert torch.equal(results[1], operators.backward_weight(grad, input, list(weight.shape[2:]), *layer))
+            assert results[1].stride() == weight.stride()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_gradients_in_channels_last_are_torchs_call(dtype, device, leaving, copied):
+    """Of channels_last tensors nothing is copied, rounded or cut into parts, and both gradients come from one call."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    input, weight, _, grad = make(COPIED[1], dtype, device, True)
+    layer = COPIED[1].layer
+    told = tconv.explain(input, weight, **layer).passes[1:]
+    assert all(p.plan == type(p.plan)("aten", families.LEFT[p.name]) for p in told)
+    leaves = [t.detach().requires_grad_(True) for t in (input, weight)]
+    results = torch.autograd.grad(tconv.conv_transpose2d(*leaves, None, **layer), leaves, grad)
+    with aten.deterministic():
+        expected = torch.autograd.grad(ATEN[2](*leaves, None, **layer), leaves, grad)
+    for actual, as_torch in zip(results, expected):
+        assert torch.equal(actual, as_torch) and actual.stride() == as_torch.stride()
+    assert not copied
 
 
 @pytest.mark.parametrize(

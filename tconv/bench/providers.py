@@ -25,7 +25,7 @@ from torch import nn
 
 from .. import dispatch
 from ..explain import Explanation, explain
-from ..problem import PASSES
+from ..problem import PASSES, Plan
 from ..workloads import Layer
 from . import check
 
@@ -127,16 +127,15 @@ def portable(work: Work):
     return call
 
 
-def families(name: str, work: Work) -> str:
-    """Which kernel family tconv, as a provider of this name, runs each pass of a layer with, joined by commas; of
-    other providers ""."""
+def plans(name: str, work: Work) -> dict[str, Plan]:
+    """How tconv, as a provider of this name, runs each pass of a layer; of other providers nothing."""
     if name not in ("tconv", "tconv-portable", "tconv-graph") or work.is_problem:
-        return ""
+        return {}
     with dispatch.without(*(("shift", "aten") if name == "tconv-portable" else ())):
         told = explain(work.input, work.weight, work.bias, **work.layer.options)
     assert isinstance(told, Explanation)
     asked = PASSES if work.pass_name == "training" else (work.pass_name,)
-    return ",".join(p.plan.family for p in told.passes if p.name in asked)
+    return {p.name: p.plan for p in told.passes if p.name in asked}
 
 
 def cudnn(work: Work):

@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from .. import aten
 from . import cases, check, measure, problems, providers
 from .measure import Run
 from .providers import Provider, Work
@@ -113,7 +114,7 @@ class Task:
         return module, (ready(x),), ready(grad)
 
     def peer(self, name: str) -> tuple[float, float]:
-        """torch's own error on this result."""
+        """torch's own error on this result, of contiguous tensors and with its flags as they come."""
         known = self.truth.peers
         if (key := (self.precision, name)) in known:
             return known[key]
@@ -131,8 +132,24 @@ class Task:
         known[key] = check.errors(result, self.truth.result(name))
         return known[key]
 
-    def judge(self, provider: Provider, pass_name: str, results) -> tuple[tuple[float, float], str]:
-        """The largest errors over a pass's results, and what is wrong with the first wrong one."""
+    def own_peer(self, name: str, provider: Provider) -> tuple[float, float]:
+        """torch's own error on this result, of the case's own tensors and with the provider's flags: the yardstick of what tconv
+        leaves to it as it lies."""
+        weight, bias = (None if t is None else t.detach() for t in (self.module.weight, self.module.bias))
+
+        def function():
+            with aten.deterministic():
+                return check.aten_pass(name, (self.inputs[0], weight, bias, self.grad), self.case.layer.options)
+
+        run = Run("", lambda: None, provider.benchmark, provider.own_thread)
+        return check.errors(measure.call(run, function), self.truth.result(name))
+
+    def judge(
+        self, provider: Provider, pass_name: str, results, left: Container[str] = ()
+    ) -> tuple[tuple[float, float], str]:
+        """The largest errors over a pass's results, and what is wrong with the first wrong one.
+
+        left: the results that are left to torch as they lie."""
         names: tuple[str, ...] = PARTS.get(pass_name, (pass_name,))
         results = results if isinstance(results, tuple | list) else (results,)
         if len(names) == 4 and self.case.layer.bias is False:
@@ -141,7 +158,7 @@ class Task:
             return (float("nan"),) * 2, f"{len(results)} results, expected {len(names)}"
         worst, wrong = (0.0, 0.0), ""
         for name, result in zip(names, results):
-            peer = None if provider.yardstick else self.peer(name)
+            peer = None if provider.yardstick else self.own_peer(name, provider) if name in left else self.peer(name)
             rounded = lambda name=name: self.truth.result(name, self.precision)  # noqa: E731
             terms = 1 if self.case.problem else check.terms(name, self.case.layer)
             exact = self.truth.result(name)
@@ -174,7 +191,8 @@ class Task:
             row = base | {"provider": name, "rival": provider.rival, "graph": provider.graph}
             run = Run(name, lambda: None, provider.benchmark, provider.own_thread, pass_name == "training")
             try:
-                row["family"] = providers.families(name, work)
+                plans = providers.plans(name, work)
+                row["family"] = ",".join(plan.family for plan in plans.values())
                 with spent("making " + name):
                     function = measure.call(run, partial(provider.make, work))
                 if function is None:
@@ -185,7 +203,8 @@ class Task:
                 with spent("first call of " + name):
                     results = measure.call(run)
                 with spent("judging"):
-                    error, wrong = self.judge(provider, pass_name, results)
+                    left = {n for n, plan in plans.items() if plan.family == "aten" and not plan.arranged}
+                    error, wrong = self.judge(provider, pass_name, results, left)
                 row["max_err"], row["rms_err"] = (e if math.isfinite(e) else None for e in error)
                 del results
                 row["status"], row["note"] = ("wrong", wrong) if wrong else ("ok" if gpu else "checked", "")

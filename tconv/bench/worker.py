@@ -40,7 +40,7 @@ def compile_kernels(request: dict, told: Iterable[str], say) -> None:
         try:
             task = Task(request, asked, Truth(cases.find(asked["suite"], asked["name"]), "fp32", "cuda"))
             # Nothing is computed of what tconv leaves to aten: cuDNN's search for it would take longer than all compiling.
-            with patch.multiple(aten, forward=_forward, backward_input=_like, backward_weight=_like):
+            with patch.multiple(aten, forward=_forward, backward_input=_like, backward_weight=_like, gradients=_both):
                 for pass_name in asked["passes"]:
                     _first_of("tconv", task, pass_name)
         except Exception as error:  # it shows again, and is told, when the case is measured
@@ -56,6 +56,10 @@ def _forward(input, weight, bias, geometry) -> torch.Tensor:
 
 def _like(first, second, like, geometry, parts=1) -> torch.Tensor:
     return like.squeeze(2) if geometry.ndim == 1 and like.ndim == 4 else like
+
+
+def _both(grad_output, input, weight, geometry) -> list[torch.Tensor]:
+    return [_like(grad_output, t, torch.empty_like(t), geometry) for t in (input, weight)]
 
 
 def _first_of(name: str, task: Task, pass_name: str) -> float:

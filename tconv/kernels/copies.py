@@ -1,18 +1,9 @@
-"""Copies of activations: rounded, for products that tconv does not form, or laid out as bulk copies take them."""
+"""Copies of activations and weights: laid out as bulk copies and cuDNN take them, rounded where they are to be TF32."""
 
 import triton
 import triton.language as tl
 
 from .common import gdc_launch_dependents, gdc_wait, round_tf32
-
-
-@triton.jit(do_not_specialize=["count"])
-def round_dense(x, rounded, count, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Each of `count` fp32 elements of x, rounded to the nearest TF32 value.  ALIGNED: whether 16 divides how many they are."""
-    if ALIGNED:
-        count = count // 16 * 16  # or the mask would cut vectors into single elements
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(rounded + i, round_tf32(tl.load(x + i, mask=i < count)), mask=i < count)
 
 
 def _name(specialization):
