@@ -190,6 +190,9 @@ def reading_weight(asked: Asked) -> Plan | str:
     weight = p.c_in * c_out * p.geometry.taps * p.dtype.itemsize
     if time > columns.LESS * columns.packed(weight, streamed, parts):
         return "the columns would be more to move than a packed weight"
+    choice = _shift_choice(asked)
+    if isinstance(choice, shift.Choice) and choice.time(weight) < columns.measured(time, p.pixels, p.dtype.itemsize):
+        return ""
     return Plan("columns", f"{asked.why}: reading the weight takes the time", asked.how, tile, splits)
 
 
@@ -198,6 +201,14 @@ HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 def shifted(asked: Asked) -> Plan | str:
     """The shift kernel."""
+    choice = _shift_choice(asked)
+    if isinstance(choice, str):
+        return choice
+    return Plan("shift", asked.why, asked.how, choice.tile, choice.splits, arranged=choice.arranged)
+
+
+def _shift_choice(asked: Asked) -> shift.Choice | str:
+    """The shift kernel's choice, or why it takes no part."""
     p, target, g = asked.problem, asked.target, asked.problem.geometry.groups
     if p.direction != "forward" or p.is_direct:
         return ""
@@ -206,15 +217,16 @@ def shifted(asked: Asked) -> Plan | str:
     if refused := shift.refuse(p.geometry, *p.channels, p.large, asked.how, p.source, p.destination, target):
         return refused
     dense = p.dense and (g == 1 or p.batch == 1)  # as a group's part of the tensors is
-    chosen = shift.choose(
+    choice = shift.choose(
         p.geometry, p.batch, *p.channels, p.input_size, HALVES.get(p.dtype, asked.how), p.source, p.destination, p.vector,
         dense, target.triton >= shift.ROUNDING_TRITON, target.processors,
     )  # fmt: skip
-    if not chosen or (chosen[2] > 1 and g > 1 and p.batch > 1):  # a group's part of the output is not dense then
+    if choice is None or choice.share < shift.LEAST_SHARE[g > 1]:
         return "none of the shift kernel's tiles fits or fills the GPU"
-    tile, arranged, splits = chosen
-    tile = replace(tile, raw=shift.takes_raw(tile, p.weight, p.channels[1]))
-    return Plan("shift", asked.why, asked.how, tile, splits, arranged=arranged)
+    if choice.splits > 1 and g > 1 and p.batch > 1:
+        return "the sums of groups of several images are not cut into parts"  # a group's part of the output is not dense then
+    tile = choice.tile
+    return choice._replace(tile=replace(tile, raw=shift.takes_raw(tile, p.weight, p.channels[1])))
 
 
 def long_strides(asked: Asked) -> Plan | str:

@@ -96,6 +96,11 @@ class Geometry:
     def taps(self) -> int:
         return prod(self.kernel)
 
+    @property
+    def layer(self) -> tuple:
+        """stride, padding, output_padding, groups and dilation, as the operators take them."""
+        return self.stride, self.padding, self.output_padding, self.groups, self.dilation
+
     def output_size(self, input_size) -> tuple[int, ...]:
         """Spatial output size for a spatial input size (ints or symbolic ints)."""
         return tuple(a.output_size(i, op) for a, i, op in zip(self.axes, input_size, self.output_padding))

@@ -105,14 +105,6 @@ def alone(args) -> bool:
     return True
 
 
-def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
-    """conv_transpose of tensors that are `alone`."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
-        layer = geometry.stride, geometry.padding, geometry.output_padding, geometry.groups, geometry.dilation
-        return _AUTOGRAD["conv_transpose"].apply(input, weight, bias, *layer, None)  # type: ignore[attr-defined]
-    return launch.forward(input, weight, bias, geometry)
-
-
 def _operator(name: str):
     """The operator as it is called here: past torch's dispatcher where only the kernels and autograd would answer, since to
     enter kernels written in Python takes the dispatcher as long as all the rest of a call."""
@@ -129,7 +121,14 @@ def _operator(name: str):
 
 
 _AUTOGRAD: dict[str, type] = {}  # the Function of each operator
-conv_transpose, backward_input, backward_weight, backward_bias = map(_operator, _KERNELS)
+backward_input, backward_weight, backward_bias = map(_operator, ("backward_input", "backward_weight", "backward_bias"))
+
+
+def conv_transpose(input, weight, bias, *layer) -> torch.Tensor:
+    """The operator, past torch's dispatcher as above."""
+    if not alone((input, weight, bias)):
+        return torch.ops.tconv.conv_transpose(input, weight, bias, *layer)
+    return forward(input, weight, bias, _geometry(weight.shape[2:], layer))
 
 
 # Fakes: shapes and memory formats by the rules of the real ones, symbolic sizes included.
@@ -164,6 +163,40 @@ def _(grad_output):
 # Autograd.  Every backward is made of the operators above, so it is differentiable again.
 
 
+def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
+    """conv_transpose of tensors that are `alone`, of a layer whose arguments were checked."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
+        return _Layer.apply(input, weight, bias, geometry)  # type: ignore[attr-defined]
+    return launch.forward(input, weight, bias, geometry)
+
+
+class _Layer(torch.autograd.function._SingleLevelFunction):
+    """What autograd knows of `forward`; each further argument would take it time, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, geometry):
+        ctx.save_for_backward(input, weight)
+        ctx.geometry = geometry
+        return launch.forward(input, weight, bias, geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight = ctx.saved_tensors
+        geometry, needs = ctx.geometry, ctx.needs_input_grad
+        if not torch.is_grad_enabled() and alone((grad, input, weight)):
+            both = launch.gradients(grad, input, weight, geometry, needs)
+            return *both, launch.backward_bias(grad) if needs[2] else None, None
+        return *_gradients(grad, input, weight, needs, geometry.layer), None
+
+
+def _gradients(grad, input, weight, needs, layer) -> tuple:
+    return (
+        backward_input(grad, weight, input.shape[2:], *layer) if needs[0] else None,
+        backward_weight(grad, input, weight.shape[2:], *layer) if needs[1] else None,
+        backward_bias(grad) if needs[2] else None,
+    )
+
+
 def _conv_transpose_setup(ctx, inputs, output):
     input, weight, _, *layer = inputs
     ctx.save_for_backward(input, weight)
@@ -172,16 +205,7 @@ def _conv_transpose_setup(ctx, inputs, output):
 
 def _conv_transpose_backward(ctx, grad):
     input, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    if not torch.is_grad_enabled() and alone((grad, input, weight)):
-        both = launch.gradients(grad, input, weight, _geometry(weight.shape[2:], ctx.layer), needs)
-        return *both, launch.backward_bias(grad) if needs[2] else None, *(None,) * 5
-    return (
-        backward_input(grad, weight, input.shape[2:], *ctx.layer) if needs[0] else None,
-        backward_weight(grad, input, weight.shape[2:], *ctx.layer) if needs[1] else None,
-        backward_bias(grad) if needs[2] else None,
-        *(None,) * 5,
-    )
+    return *_gradients(grad, input, weight, ctx.needs_input_grad, ctx.layer), *(None,) * 5
 
 
 def _backward_input_setup(ctx, inputs, output):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import gcd, prod
+from typing import NamedTuple
 
 from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
 from .geometry import Axis, sizes3
@@ -628,7 +629,10 @@ def takes_raw(tile: Shift, weight: str, c_out: int) -> bool:
 
 # Below this share of the tensor core's rate or of the memory's, whichever is higher, by the model above, the portable
 # kernels fill the GPU better.
-LEAST_SHARE = 0.04
+LEAST_SHARE = {False: 0.012, True: 0.04}  # of a layer, and of each of several groups, which are as many launches
+# What a call takes beside the model's cycles, by what an H200 took for small layers (docs/kernels.md): nanoseconds, and those of
+# each KB of weight that is packed, or comes as it lies.
+CLOCK, BESIDE, PACKED, AS_IT_LIES = 1.755, 4000, 0.6, 0.15
 
 
 def arranging(
@@ -728,13 +732,28 @@ def _choices(
                     yield cycles(part, walked_part, moved) + copying + adding, part, copying > 0, count
 
 
+class Choice(NamedTuple):
+    """A tile, whether it takes a copy of the input, into how many parts the sums over channels are cut, the model's cycles, and
+    what share of the higher of the two rates that is."""
+
+    tile: Shift
+    arranged: bool
+    splits: int
+    cycles: float
+    share: float
+
+    def time(self, weight: int) -> float:
+        """About how many nanoseconds a call takes with so many bytes of weight."""
+        return self.cycles / CLOCK + BESIDE + weight / 1000 * (AS_IT_LIES if self.tile.raw else PACKED)
+
+
 @lru_cache(maxsize=4096)
 def choose(
     geometry, batch, c_in, c_out, size, dtype: str, source: str, destination: str, vector: int, dense: bool, rounding: bool,
     processors,
-) -> tuple[Shift, bool, int] | None:  # fmt: skip
-    """The tile that is quickest by the model, whether it takes a copy of the input, and into how many parts the sums over
-    channels are cut; None where none fits or fills the GPU.
+) -> Choice | None:  # fmt: skip
+    """The choice that is quickest by the model, or None where none fits.
+
     dense: whether the input can be copied; rounding: whether bulk copies can round."""
 
     def cost(choice: tuple[float, Shift, bool, int]) -> float:
@@ -753,4 +772,4 @@ def choose(
     products = PRODUCTS[tile.parts] * batch * prod(output) * c_in * rows * geometry.taps / prod(geometry.stride)
     moved = element * batch * (prod(size) * c_in + prod(output) * c_out)
     least = max(products / MULTIPLY_ADDS[element], moved / MEMORY) / processors
-    return (tile, copied, count) if least >= LEAST_SHARE * took else None
+    return Choice(tile, copied, count, took, least / took)
