@@ -166,12 +166,13 @@ def _(grad_output):
 def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     """conv_transpose of tensors that are `alone`, of a layer whose arguments were checked."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
-        return _Layer.apply(input, weight, bias, geometry)  # type: ignore[attr-defined]
+        return tconv_layer.apply(input, weight, bias, geometry)  # type: ignore[attr-defined]
     return launch.forward(input, weight, bias, geometry)
 
 
-class _Layer(torch.autograd.function._SingleLevelFunction):
-    """What autograd knows of `forward`; each further argument would take it time, forwards and backwards."""
+class tconv_layer(torch.autograd.function._SingleLevelFunction):
+    """What autograd knows of `forward`, under the name that grad_fn shows; each further argument would take it time, forwards and
+    backwards."""
 
     @staticmethod
     def forward(ctx, input, weight, bias, geometry):
