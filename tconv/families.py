@@ -35,22 +35,25 @@ class Asked:
 # groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
 # and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32); and products
 # of contiguous matrices: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
-# to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32).
+# to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32); and FSRCNN's (56 to 1 channel, k9) at TF32, 1.06 to 1.37 over the column kernels,
+# which are the quickest of tconv's.
 LEFT = {
     "groups": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
+    "few": "cuDNN measured up to 1.4 times faster with so many taps on an H200",
     "product": "cuDNN measured up to 1.6 times faster with a kernel of 1 on contiguous tensors on an H200",
     "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
     "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
 }
 # cuDNN's deterministic TF32 weight gradients may add all their products in one chain, in which the tensor core truncates: with
 # 262,144 of them (L2/77) the error was 6.8e-4 in root mean square, with 524,288 (L2/78) 1.2e-3, where rounded operands and an
-# exact sum have 3e-4.  So they get parts of the batch of about so many products, and the parts are added in fp32; what has a
+# exact sum have 3e-4.  So those of copies get parts of the batch of about so many products, and the parts are added in fp32; what has a
 # batch of few large images keeps long chains.  Not in 16 bits: each part would be rounded, which costs what the chain costs.
 LEFT_PRODUCTS, MOST_LEFT_PARTS = 1 << 16, 16
 LEFT_READ = 64  # products for each element of an output's gradient
 # With fewer channels, at TF32, cuDNN takes contiguous tensors as they lie in less time than copies and channels_last take: over
 # kernelbench's weights' gradients 0.6 to 1.0 times theirs, from 64 on 0.83 to 1.3.
 LEFT_CHANNELS = 64
+MOST_STRIDE = 4  # that was measured of few outputs with many taps
 
 
 def _may_leave(asked: Asked) -> bool:
@@ -97,12 +100,14 @@ def left_gradient(asked: Asked) -> Plan | str:
         many = p.geometry.groups == 1 and p.c_in * p.geometry.taps > LEFT_READ * prod(p.geometry.stride)
         arranged = arranged and (half or (asked.how == "tf32" and max(p.geometry.stride) > 1 and many))
         return Plan("aten", LEFT[p.direction], arranged=arranged and prod(p.input_size) % piece == 0)
-    # No layer that is to have better than TF32.  Copies are rounded on their way; what cuDNN takes as it lies it may truncate.
-    if p.is_direct or not (half or asked.how == "tf32"):
+    if p.is_direct or not (half or p.tf32):
         return ""
-    if half or not arranged:
+    if half:
         return Plan("aten", LEFT[p.direction], arranged=arranged)
-    return Plan("aten", LEFT[p.direction], "tf32", splits=_batch_parts(p), arranged=True)
+    # Copies are rounded on their way.  What cuDNN takes as it lies it may truncate, or compute in fp32 as it does with narrow groups.
+    if arranged and asked.how == "tf32":
+        return Plan("aten", LEFT[p.direction], "tf32", splits=_batch_parts(p), arranged=True)
+    return Plan("aten", LEFT[p.direction])
 
 
 def _batch_parts(problem: Problem) -> int:
@@ -117,6 +122,9 @@ def few_outputs(asked: Asked) -> Plan | str:
     p, geometry = asked.problem, asked.problem.geometry
     if p.direction != "forward" or geometry.groups > 1 or asked.without("columns"):
         return ""
+    many = geometry.ndim == 2 and geometry.taps >= columns.MANY_TAPS and max(geometry.stride) <= MOST_STRIDE
+    if p.c_out <= columns.FEW_OUT and many and asked.how == "tf32" and _may_leave(asked):
+        return Plan("aten", LEFT["few"])
     sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
     tile = columns.of_few(*sizes, asked.how, p.large, p.weight, p.destination != "width", asked.target)
     return Plan("columns", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
@@ -191,8 +199,11 @@ def reading_weight(asked: Asked) -> Plan | str:
     if time > columns.LESS * columns.packed(weight, streamed, parts):
         return "the columns would be more to move than a packed weight"
     choice = _shift_choice(asked)
-    if isinstance(choice, shift.Choice) and choice.time(weight) < columns.measured(time, p.pixels, p.dtype.itemsize):
-        return ""
+    quicker = isinstance(choice, shift.Choice) and choice.time(weight) < columns.measured(
+        time, p.pixels, p.dtype.itemsize
+    )
+    if quicker and left_product(asked) == "":  # which is asked before the shift kernel
+        return "the shift kernel is quicker than reading the weight"
     return Plan("columns", f"{asked.why}: reading the weight takes the time", asked.how, tile, splits)
 
 
@@ -221,7 +232,7 @@ def _shift_choice(asked: Asked) -> shift.Choice | str:
         p.geometry, p.batch, *p.channels, p.input_size, HALVES.get(p.dtype, asked.how), p.source, p.destination, p.vector,
         dense, target.triton >= shift.ROUNDING_TRITON, target.processors,
     )  # fmt: skip
-    if choice is None or choice.share < shift.LEAST_SHARE[g > 1]:
+    if choice is None or choice.share < (shift.LEAST_SHARE if g == 1 else shift.LEAST_SHARE_OF_GROUP):
         return "none of the shift kernel's tiles fits or fills the GPU"
     if choice.splits > 1 and g > 1 and p.batch > 1:
         return "the sums of groups of several images are not cut into parts"  # a group's part of the output is not dense then

@@ -28,7 +28,7 @@ TF32_GROUP_CHANNELS = 32
 # chain's largest error was the larger one, at 36 it was not.  Where TF32 is allowed, cuDNN computes such sums in fp32
 # too, unless both sides have many channels (L1/81: 32 products, 32 to 64 channels, TF32).
 # In channels_last it computes forward sums with TF32_GROUP_CHANNELS input channels at TF32, whatever the output has (UNETR: 32
-# products, 32 to 16 channels).
+# products, 32 to 16 channels; LinkNet and MedNeXt, to 20 and 14, where its benchmark mode is free to choose).
 IEEE_PRODUCTS = 40
 # Longer sums take tf32x3 where TF32 is allowed: the tensor core truncates as it accumulates, and after 86,000 products
 # (FCN-32s, k64) that bias had grown to the size of TF32's own rounding.  tf32x3 adds in fp32 once a tile of K;
@@ -131,7 +131,7 @@ def precision(problem: Problem, target: Target) -> str:
     products, g = problem.products, problem.geometry.groups
     short = products < IEEE_PRODUCTS
     wide = min(problem.channels) >= TF32_GROUP_CHANNELS
-    if problem.direction == "forward" and problem.whole[1] and problem.c_in % 16 == 0 and g == 1:
+    if problem.direction == "forward" and problem.destination in ("channels", "vectors") and g == 1:
         wide |= problem.c_in >= TF32_GROUP_CHANNELS
     if problem.direction == "backward_weight":
         allowed = not short and (wide or g == 1)

@@ -629,7 +629,8 @@ def takes_raw(tile: Shift, weight: str, c_out: int) -> bool:
 
 # Below this share of the tensor core's rate or of the memory's, whichever is higher, by the model above, the portable
 # kernels fill the GPU better.
-LEAST_SHARE = {False: 0.012, True: 0.04}  # of a layer, and of each of several groups, which are as many launches
+LEAST_SHARE = 0.012
+LEAST_SHARE_OF_GROUP = 0.04  # of each of several groups, which are as many launches
 # What a call takes beside the model's cycles, by what an H200 took for small layers (docs/kernels.md): nanoseconds, and those of
 # each KB of weight that is packed, or comes as it lies.
 CLOCK, BESIDE, PACKED, AS_IT_LIES = 1.755, 4000, 0.6, 0.15

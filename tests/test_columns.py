@@ -170,6 +170,30 @@ def test_which(args, options, dtype):
 
 
 @pytest.mark.parametrize(
+    "args, options, dtype, last, family",
+    [
+        ((320, 320, 2, (4, 4, 4), 2), dict(stride=2), torch.float32, True, "shift"),
+        ((320, 320, 2, (4, 4, 4), 2), dict(stride=2), torch.float16, True, "shift"),
+        ((1024, 512, 2, (8, 8), 2), dict(stride=2), torch.float32, False, "shift"),
+        ((1024, 512, 2, (8, 8), 2), dict(stride=2), torch.float16, False, "columns"),
+        ((1024, 512, 3, (1, 1), 128), {}, torch.float16, True, "columns"),
+        ((1024, 512, 4, (2, 2), 1), dict(stride=2, padding=1), torch.float32, True, "columns"),
+        ((1024, 128, 1, (6, 6), 1), {}, torch.float32, False, "columns"),  # without them cuDNN would be asked
+    ],
+    ids=str,
+)
+def test_the_quicker_of_columns_and_shift(args, options, dtype, last, family):
+    """As an H200 measured them (docs/kernels.md)."""
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    form = "vectors" if last else "width"
+    facts = dict(vector=16, whole=(last, last), weight="pieces" if last else "taps")
+    problem = Problem("forward", geometry, batch, c_in, c_out, size, dtype, True, form, form, **facts)
+    plan = dispatch.plan(problem, Target("cuda", 90, 132, (3, 9)))
+    assert plan.family == family, plan
+    assert family == "columns" or "quicker than reading the weight" in plan.reason
+
+
+@pytest.mark.parametrize(
     "args, options, why",
     [
         ((512, 256, 4, (8, 8), 64), dict(stride=2, padding=1), "too many pixels for the column kernels"),

@@ -19,6 +19,7 @@ HOPPER = Target("cuda", 90, 132)
 GRADIENTS = {"backward_input", "backward_weight"}
 PRODUCT = Case("2d_k1_wide", (8, 64, 9, 10), (64, 128, 1, 1))
 WIDE_GROUPS = Case("wide groups", (2, 128, 16, 16), (128, 64, 3, 3), dict(stride=2, groups=2))
+NARROW_GROUPS = Case("narrow groups", (2, 32, 16, 16), (32, 16, 3, 3), dict(stride=2, groups=2))
 LONG_SUMS = Case("long sums", (1, 21, 2, 2), (21, 21, 64, 64), dict(stride=32))
 DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
 
@@ -49,7 +50,8 @@ def plans(case, dtype, target, tf32, monkeypatch, last=False):
         (PRODUCT, torch.bfloat16, False, {"forward", *GRADIENTS}),
         (PRODUCT, torch.float32, True, {"forward", *GRADIENTS}),
         (PRODUCT, torch.float32, False, set()),
-        (by_id("2d_groups3"), torch.float32, True, {"backward_input"}),  # narrow groups have better than TF32
+        (by_id("2d_groups3"), torch.float32, True, {"backward_input"}),  # so few channels are the direct kernels'
+        (NARROW_GROUPS, torch.float32, True, GRADIENTS),  # of which cuDNN computes weights' in fp32
         (LONG_SUMS, torch.float32, True, set()),  # cuDNN's choice for torch is fp32
         (DEPTHWISE, torch.float32, True, {"backward_input"}),
         (DEPTHWISE, torch.float32, False, {"backward_input"}),
@@ -102,21 +104,44 @@ def test_products_of_contiguous_matrices(change, left):
 
 
 @pytest.mark.parametrize(
-    "c_in, c_out, kernel, whole, expected",
+    "c_in, c_out, kernel, destination, expected",
     [
-        (32, 16, 2, True, "tf32"),  # UNETR's, as cuDNN computes it in channels_last
-        (32, 16, 2, False, "ieee"),
-        (32, 20, 2, (True, False), "ieee"),
-        (16, 16, 2, True, "ieee"),
-        (32, 32, 2, False, "tf32"),
-        (16, 16, 6, False, "tf32"),  # 144 products
+        (32, 16, 2, "vectors", "tf32"),  # UNETR's, as cuDNN computes it in channels_last
+        (32, 16, 2, "width", "ieee"),
+        (32, 20, 2, "channels", "tf32"),
+        (16, 16, 2, "vectors", "ieee"),
+        (32, 32, 2, "width", "tf32"),
+        (16, 16, 6, "width", "tf32"),  # 144 products
     ],
 )
-def test_short_sums_at_tf32(c_in, c_out, kernel, whole, expected):
+def test_short_sums_at_tf32(c_in, c_out, kernel, destination, expected):
     geometry = Geometry((kernel, kernel), (2, 2), (0, 0), (0, 0), 1, (1, 1))
-    whole = whole if isinstance(whole, tuple) else (whole, whole)
     facts = dict(batch=4, c_in=c_in, c_out=c_out, input_size=(48, 48), dtype=torch.float32, tf32=True, source="width")
-    assert problem.precision(Problem("forward", geometry, whole=whole, **facts), HOPPER) == expected
+    assert problem.precision(Problem("forward", geometry, destination=destination, **facts), HOPPER) == expected
+
+
+@pytest.mark.parametrize(
+    "change, left",
+    [
+        ({}, True),
+        (dict(c_out=4), False),
+        (dict(dtype=torch.bfloat16), False),
+        (dict(tf32=False), False),
+        (dict(geometry=Geometry((7, 7), (2, 2), (3, 3), (1, 1), 1, (1, 1))), False),
+        (dict(geometry=Geometry((16, 16), (8, 8), (4, 4), (0, 0), 1, (1, 1))), False),
+        (
+            dict(geometry=Geometry((4, 4, 4), (2, 2, 2), (1, 1, 1), (0, 0, 0), 1, (1, 1, 1)), input_size=(8, 64, 64)),
+            False,
+        ),
+    ],
+)
+def test_few_outputs_of_many_taps(change, left):
+    """FSRCNN's last layer, at TF32; and only where there is aten."""
+    facts = dict(geometry=Geometry((9, 9), (2, 2), (4, 4), (1, 1), 1, (1, 1)), batch=1, c_in=56, c_out=1) | change
+    facts = dict(input_size=(540, 960), dtype=torch.float32, tf32=True, source="width") | facts
+    plan = dispatch.plan(Problem("forward", **facts), HOPPER)
+    assert (plan.family == "aten") == left, plan
+    assert dispatch.plan(Problem("forward", **facts), Target("cuda", 90, 132, without=("aten",))).family != "aten"
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,11 @@ def test_tiles_fit(suite):
         (dict(c_in=15), "few input channels"),
         (dict(source="strided"), "of the tensors' strides"),
         (dict(batch=1, c_out=64, input_size=(2, 2)), "none of the shift kernel's tiles fits or fills the GPU"),
+        (
+            dict(geometry=geometry(2, 4, 2, 1, groups=2), c_in=128, c_out=128, batch=1, input_size=(8, 8))
+            | dict(target=replace(TARGET, without=("aten", "columns"))),
+            "none of the shift kernel's tiles fits or fills the GPU",
+        ),
     ),
     ids=lambda v: v if isinstance(v, str) else "",
 )
