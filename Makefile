@@ -53,9 +53,9 @@ benchmarks/results/gradients-%.json: FORCE
 	$(BENCH) --pass backward_input backward_weight training
 FORCE:
 
-# The published tables and charts, from the published results; a case that several hold comes from the first, and from an earlier run
+# The published tables and charts, from the published results; a case that several hold comes from the first, and from earlier runs
 # what no later one has reached.  And the drawing of the shift kernel, from its code.
-EARLIER := benchmarks/results/gradients-tf32-bf16-e92eb25.json
+EARLIER := $(patsubst %,benchmarks/results/gradients-tf32-bf16-%.json,8cc5921 e92eb25)
 report: $(VENV)/.installed
 	$(BIN)/python -m tconv.bench report $(RESULTS) $(EARLIER) --summary --into README.md
 	$(BIN)/python -m tconv.bench report $(RESULTS) $(EARLIER) --plots docs/figures --into docs/benchmarks.md

@@ -108,25 +108,19 @@ MOST_PASSED = 4096  # then all are forgotten, so that ever new sizes do not fill
 _passed: dict[tuple, Geometry] = {}
 
 
-def _known(
-    ndim, input, weight, bias, stride, padding, output_padding, groups, dilation
-) -> tuple[tuple, Geometry | None]:
-    """What identifies a call of tensors that are `ops.alone` and tuples of ints, and the geometry of one that was
-    refused nowhere below; ((), None) for other arguments."""
-    for values in (stride, padding, output_padding, dilation):
-        if type(values) is not tuple:
-            return (), None
-        for value in values:
-            if type(value) is not int:  # True and 2.0 equal ints
-                return (), None
-    if type(groups) is not int:
-        return (), None
+def _are_ints(values) -> bool:
+    """Whether each is an int or a tuple of ints, which 1.0 and True, though equal to one, are not."""
+    for value in values:
+        for each in value if type(value) is tuple else (value,):
+            if type(each) is not int:
+                return False
+    return True
+
+
+def _key(ndim, input, weight, bias, *layer) -> tuple:
+    """What identifies a call for the checks, of tensors that are `ops.alone` and of ints."""
     of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    key = (
-        *(ndim, input.shape, input.dtype, input.device, weight.shape, weight.dtype, weight.device, of_bias),
-        *(stride, padding, output_padding, groups, dilation),
-    )
-    return key, _passed.get(key)
+    return ndim, input.shape, input.dtype, input.device, weight.shape, weight.dtype, weight.device, of_bias, layer
 
 
 def conv_transpose(ndim, input, weight, bias, stride, padding, output_padding, groups, dilation):
@@ -139,9 +133,10 @@ def conv_transpose(ndim, input, weight, bias, stride, padding, output_padding, g
     key = ()
     # A call like an earlier one is checked by its key: one by one the checks take as long as a kernel's launch.
     given = (input, weight) if bias is None else (input, weight, bias)
-    if all([isinstance(t, torch.Tensor) for t in given]) and ops.alone(given):
-        key, geometry = _known(ndim, input, weight, bias, stride, padding, output_padding, groups, dilation)
-        if geometry is not None:
+    layer = stride, padding, output_padding, groups, dilation
+    if _are_ints(layer) and all([isinstance(t, torch.Tensor) for t in given]) and ops.alone(given):
+        key = _key(ndim, input, weight, bias, *layer)
+        if (geometry := _passed.get(key)) is not None:
             return ops.forward(input, weight, bias, geometry)
     if refuse(input, weight, bias) is not None:
         return ATEN[ndim](*original, stride, padding, output_padding, groups, dilation)

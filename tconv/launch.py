@@ -390,12 +390,11 @@ _shared = threading.local()  # .copies: what _of_gradient has made inside shared
 @contextmanager
 def shared_copies() -> Iterator[None]:
     """Inside, in this thread, an output's gradient is copied once for both gradients that are made of it."""
-    before = getattr(_shared, "copies", None)
-    _shared.copies = {} if before is None else before
+    _shared.copies = {}
     try:
         yield
     finally:
-        _shared.copies = before
+        _shared.copies = None
 
 
 def _of_gradient(t) -> torch.Tensor:

@@ -163,14 +163,20 @@ def _(grad_output):
 # Autograd.  Every backward is made of the operators above, so it is differentiable again.
 
 
+class _Function(torch.autograd.function._SingleLevelFunction):
+    """A Function of one level of differentiation, which torch.compile's autograd can trace as well."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
 def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     """conv_transpose of tensors that are `alone`, of a layer whose arguments were checked."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
-        return tconv_layer.apply(input, weight, bias, geometry)  # type: ignore[attr-defined]
+        return tconv_conv_transpose.apply(input, weight, bias, geometry)  # type: ignore[attr-defined]
     return launch.forward(input, weight, bias, geometry)
 
 
-class tconv_layer(torch.autograd.function._SingleLevelFunction):
+class tconv_conv_transpose(_Function):
     """What autograd knows of `forward`, under the name that grad_fn shows; each further argument would take it time, forwards and
     backwards."""
 
@@ -293,7 +299,7 @@ def _register_autograd(name: str, setup, backward, aten) -> None:
         return *backward(ctx, grad), None
 
     members = dict(forward=staticmethod(forward), backward=staticmethod(differentiate))
-    function = type(f"tconv_{name}", (torch.autograd.function._SingleLevelFunction,), members)
+    function = type(f"tconv_{name}", (_Function,), members)
     _AUTOGRAD[name] = function
 
     def kernel(keyset, *args):

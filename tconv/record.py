@@ -214,7 +214,7 @@ def promised(like: torch.Tensor, format: torch.memory_format) -> Callable[[torch
 
 
 MOST_RECORDS = 4096  # then all are forgotten, so that ever new sizes do not fill the memory
-_records: dict[tuple, Any] = {}
+_records: dict[tuple, Any] = {}  # Records, and what launch.gradients has found
 find = _records.get
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tconv.bench import cases, check, compare, measure, providers, report, run, 
 from tconv.bench import prepare as preparing
 from tconv.bench.prepare import distinct
 from tconv.bench.store import Settings, Store
-from tconv.bench.task import COLUMNS, base_row
+from tconv.bench.task import COLUMNS, Task, base_row
 from tconv.bench.terminal import Plain, Refused, Rich
 from tconv.workloads import layers
 
@@ -181,6 +182,30 @@ def test_judge():
     assert check.judge(far, exact, None, "tf32", lambda: as_far, slack=20.0)[1] == ""
     assert "rms error" in check.judge(exact * 0, exact, None, "tf32", lambda: as_far, slack=20.0)[1]
     assert "NaN" in check.judge(far * math.nan, exact, None, "tf32", lambda: as_far, slack=20.0)[1]
+
+
+@pytest.mark.parametrize(
+    "name, left, precision, right",
+    [
+        ("backward_weight", True, "tf32", True),
+        ("backward_weight", False, "tf32", False),
+        ("backward_input", True, "tf32", False),
+        ("backward_weight", True, "fp32", False),
+    ],
+)
+def test_whose_error_bounds_what_is_left_to_torch(name, left, precision, right):
+    """Of a weight's gradient at TF32 that tconv leaves to torch as it lies, torch's own on the same tensors; else of contiguous ones."""
+    exact = torch.randn(64, 64, dtype=torch.float64)
+    result = (exact * (1 + 7e-4)).float()
+    layer = cases.parse_layer("convtranspose2d 8 8 k3 @ 2x8x6x6")
+    work = Task.__new__(Task)
+    work.precision, work.slack = precision, 1.0
+    work.case = SimpleNamespace(problem="", layer=layer)
+    work.truth = SimpleNamespace(result=lambda name, precision="": exact)
+    work.peer = lambda name: (1e-3, 3e-4)
+    work.own_peer = lambda name, provider: (5e-3, 8e-4)
+    error, wrong = work.judge(providers.find("tconv"), name, result, left)
+    assert (wrong == "") == right and error[1] == pytest.approx(7e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("lead", ((2,), (0,), ()), ids=("batched", "no batch", "unbatched"))

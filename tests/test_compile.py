@@ -323,3 +323,18 @@ def test_exported_programs_decompose_and_train(device):
     module(x).sum().backward()
     expected = torch.autograd.grad(model(x).sum(), model.up.weight)[0]
     assert_near(module.up.weight.grad, expected)
+
+
+def test_compiled_autograd(device):
+    """torch.compile's own autograd traces an eager graph of ours."""
+    from torch._dynamo import compiled_autograd
+
+    layer = tconv.ConvTranspose2d(4, 3, 4, stride=2, padding=1, device=device)
+    x = torch.randn(2, 4, 3, 5, device=device, requires_grad=True)
+    leaves = x, *layer.parameters()
+    expected = torch.autograd.grad(layer(x).sin().sum(), leaves)
+    loss = layer(x).sin().sum()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
