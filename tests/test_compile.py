@@ -336,5 +336,5 @@ def test_compiled_autograd(device):
     loss = layer(x).sin().sum()
     with compiled_autograd._enable(torch.compile(backend="eager")):
         loss.backward()
-    for leaf, grad in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(leaf.grad, grad)
+    for leaf, wanted in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted)
