@@ -6,7 +6,7 @@ The kernels are imported at the first launch, so that tconv imports where Triton
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -259,7 +259,7 @@ def _apart(grad_output, input, weight, geometry: Geometry) -> tuple[torch.Tensor
         return grad_input, backward_weight(grad_output, input, geometry)
 
 
-def _together(grad_output, input, weight, geometry: Geometry):
+def _together(grad_output, input, weight, geometry: Geometry) -> Callable | None:
     """What makes both gradients with one call of aten, where it is left both in one way: such a call takes the host as long as
     several launches.  None elsewhere."""
     if 0 in (input.numel(), grad_output.numel()):
@@ -277,7 +277,7 @@ def _together(grad_output, input, weight, geometry: Geometry):
     return partial(_of_one_call, one.arranged, [record.promised(t, f) for t, f in zip(like, formats)])
 
 
-def _of_one_call(arranged: bool, promised, grad_output, input, weight, geometry: Geometry):
+def _of_one_call(arranged: bool, promised, grad_output, input, weight, geometry: Geometry) -> tuple:
     if arranged:
         made = _of_copies(grad_output, input, weight, geometry)
     else:
