@@ -20,7 +20,8 @@ _inside, _before = 0, False  # threads inside, and what the flag was when the fi
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """cuDNN's deterministic algorithms alone.  torch's flag is the process's: a convolution of torch's own in another thread sees it set meanwhile."""
+    """cuDNN's deterministic algorithms alone.  torch's flag is the process's: a convolution of torch's own in another thread sees
+    it set meanwhile."""
     global _inside, _before
     with _lock:
         if not _inside:
@@ -58,12 +59,12 @@ def backward_input(grad_output, weight, like, geometry: Geometry) -> torch.Tenso
 
 def backward_weight(grad_output, input, like, geometry: Geometry, parts: int = 1) -> torch.Tensor:
     """aten's grad_weight, the sum of those of so many parts of the batch."""
-    batches = (
-        zip(grad_output.tensor_split(parts), input.tensor_split(parts)) if parts > 1 else iter([(grad_output, input)])
-    )
-    total = _gradients((False, True), *next(batches), like, geometry)[1]
+    if parts == 1:
+        return _gradients((False, True), grad_output, input, like, geometry)[1]
+    batches = zip(grad_output.tensor_split(parts), input.tensor_split(parts))
+    total = backward_weight(*next(batches), like, geometry)
     for part in batches:
-        total += _gradients((False, True), *part, like, geometry)[1]
+        total += backward_weight(*part, like, geometry)
     return total
 
 

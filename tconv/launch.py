@@ -278,10 +278,7 @@ def _together(grad_output, input, weight, geometry: Geometry) -> Callable | None
 
 
 def _of_one_call(arranged: bool, promised, grad_output, input, weight, geometry: Geometry) -> tuple:
-    if arranged:
-        made = _of_copies(grad_output, input, weight, geometry)
-    else:
-        made = aten.gradients(grad_output, input, weight, geometry)
+    made = (_of_copies if arranged else aten.gradients)(grad_output, input, weight, geometry)
     return tuple(as_it(t) for as_it, t in zip(promised, made))
 
 

@@ -307,8 +307,7 @@ def test_a_steps_gradients(case, dtype, way, device, leaving, monkeypatch, copie
     monkeypatch.setattr(aten, "gradients", lambda *args: together.append(1) or both(*args))
     input, weight, _, grad = make(case, dtype, device)
     geometry = tconv.explain(input, weight, **case.layer).geometry
-    layer = geometry.stride, geometry.padding, geometry.output_padding, geometry.groups, geometry.dilation
-    half, frozen = dtype is torch.bfloat16, way == "one frozen"
+    layer, half, frozen = geometry.layer, dtype is torch.bfloat16, way == "one frozen"
     for _ in range(2):
         leaves = [input.detach().requires_grad_(True), weight.detach().requires_grad_(not frozen)]
         output = TCONV[case.ndim](*leaves, None, *layer)

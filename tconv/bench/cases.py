@@ -205,10 +205,8 @@ def parse_layer(text: str) -> Layer:
         fail(f"groups {groups} does not divide {c_out} output channels")
     geometry = Geometry(groups=groups, **given)
     layer = Layer(text, "the command line", geometry, c_in, c_out, bias, shape)
-    g = geometry
     try:
-        args = g.stride, g.padding, g.output_padding, g.groups, g.dilation
-        check(ndim, shape, layer.weight_shape, (c_out,) if bias else None, *args)
+        check(ndim, shape, layer.weight_shape, (c_out,) if bias else None, *geometry.layer)
     except RuntimeError as error:
         fail(str(error))
     if min(layer.output_shape) < 1:

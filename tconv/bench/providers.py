@@ -105,12 +105,11 @@ def tconv(work: Work):
     from ..convert import convert
 
     g = work.layer.geometry
-    where = g.stride, g.padding, g.output_padding, g.groups, g.dilation
     if work.pass_name == "backward_input":
         size = list(work.input.shape[2:])
-        return lambda: ops.backward_input(work.grad_output, work.weight, size, *where)
+        return lambda: ops.backward_input(work.grad_output, work.weight, size, *g.layer)
     if work.pass_name == "backward_weight":
-        return lambda: ops.backward_weight(work.grad_output, work.input, g.kernel, *where)
+        return lambda: ops.backward_weight(work.grad_output, work.input, g.kernel, *g.layer)
     module = copy.deepcopy(work.module)
     convert(module)
     return _module_call(work, module, list(module.parameters()))
