@@ -36,10 +36,13 @@ class Asked:
 # and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32); and products
 # of contiguous matrices: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
 # to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32); and FSRCNN's (56 to 1 channel, k9) at TF32, 1.06 to 1.37 over the column kernels,
-# which are the quickest of tconv's.
+# which are the quickest of tconv's; and many images of at most 6x6 pixels in channels_last whose taps overlap, since a tile has
+# zeros between them: DreamerV3's 4x4 1.5 and 1.6, Wav2Lip's 6x6 and 3x3 0.98 and 0.93 in bf16, 1.25 and 1.1 at TF32, DCGAN's 4x4
+# 1.0 (8x8 0.8 to 1.05, and 0.5 for SimpleBaseline's long sums at TF32).
 LEFT = {
     "groups": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
     "few": "cuDNN measured up to 1.4 times faster with so many taps on an H200",
+    "images": "cuDNN measured up to 1.6 times faster with images so small in channels_last on an H200",
     "product": "cuDNN measured up to 1.6 times faster with a kernel of 1 on contiguous tensors on an H200",
     "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
     "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
@@ -54,6 +57,7 @@ LEFT_READ = 64  # products for each element of an output's gradient
 # kernelbench's weights' gradients 0.6 to 1.0 times theirs, from 64 on 0.83 to 1.3.
 LEFT_CHANNELS = 64
 MOST_STRIDE = 4  # that was measured of few outputs with many taps
+SMALL_IMAGE, MANY_PIXELS = 36, 1024  # pixels of an image, and of a batch that fills a GPU
 
 
 def _may_leave(asked: Asked) -> bool:
@@ -69,6 +73,23 @@ def left_product(asked: Asked) -> Plan | str:
         return ""
     left = min(p.channels) >= shift.WIDE and (p.dtype in HALF or asked.how == "tf32")
     return Plan("aten", LEFT["product"]) if left else ""
+
+
+def left_images(asked: Asked) -> Plan | str:
+    """Forward passes of many small images in channels_last are left to aten."""
+    p, g = asked.problem, asked.problem.geometry
+    if (
+        not _may_leave(asked)
+        or p.direction != "forward"
+        or g.groups > 1
+        or not p.channels_last
+        or p.destination == "width"
+    ):
+        return ""
+    if prod(p.input_size) > SMALL_IMAGE or p.pixels < MANY_PIXELS or min(p.channels) < shift.WIDE:
+        return ""
+    overlap = max(g.stride) > 1 and any(a.kernel > a.stride for a in g.axes)
+    return Plan("aten", LEFT["images"]) if overlap and (p.dtype in HALF or asked.how == "tf32") else ""
 
 
 def left_groups(asked: Asked) -> Plan | str:
@@ -202,7 +223,7 @@ def reading_weight(asked: Asked) -> Plan | str:
     quicker = isinstance(choice, shift.Choice) and choice.time(weight) < columns.measured(
         time, p.pixels, p.dtype.itemsize
     )
-    if quicker and left_product(asked) == "":  # which is asked before the shift kernel
+    if quicker and left_product(asked) == left_images(asked) == "":  # which are asked before the shift kernel
         return "the shift kernel is quicker than reading the weight"
     return Plan("columns", f"{asked.why}: reading the weight takes the time", asked.how, tile, splits)
 
@@ -320,6 +341,7 @@ FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
     writing_weight,
     reading_weight,
     left_product,
+    left_images,
     shifted,
     long_strides,
     left_groups,

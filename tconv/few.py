@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import gcd
+from math import gcd, prod
 
 from .configs import Target, cdiv
-from .geometry import Geometry, sizes3
+from .geometry import Axis, Geometry, sizes3
 
 # Groups of at most so many channels on both sides (depthwise layers, and nearly so).  A weight's gradient reads the pixels of
 # both anew for each pair of channels (L1/75, 8 to 16 channels, 3.94 ms in fp32; the portable kernels 2.89), and in 16 bits has
@@ -33,7 +33,7 @@ MOST_SUMS = 32  # a pixel: registers
 MOST_PRODUCTS = {"forward": 256, "backward_input": 100, "backward_weight": 36}
 MOST_LANES = 64
 # Of a thread: its loads of weights serve several pixels, as far as there are registers.
-SUMS, READS = 64, 100
+SUMS, READS = 64, 108
 SUMS_IN_BLOCKS = 48  # where each has a register for its block besides
 # fp32 products that are added one by one: chains of hundreds lose against cuDNN's sums (6.6e-7 against 1.6e-7 at 1400,
 # 2.8e-7 against 1.5e-7 at 256; simulated), so beyond CHAIN, blocks of about as many as there are blocks are, but of about BLOCK
@@ -48,6 +48,20 @@ CODE = 64  # products of an input pixel, up to which several input channels are 
 PROGRAMS, LARGE_PROGRAMS = 3, 1.5
 SHORT_PROGRAMS = 0.5  # and where there are few source channels
 WARP, WARPS = 32, 4
+# Tiles of a program that has one source channel, which share its beginning and its weights, and programs a multiprocessor that
+# there are then at least.  Its beginning, mostly divisions, was half of what a tile's thread did: 4 x 768 x 1034, k12 s2 took
+# 36 us with one tile and 21 with 6 (H200).  With one read a pixel, many source channels or a loop over the depth's taps, one
+# tile was up to 12 % faster.
+MOST_TILES, LEAST_WAVES = 8, 16
+HELD = 36  # weights of a program, in registers
+VECTOR = 2  # channels of a thread's that lie side by side: with 4, 3-d layers took up to 1.5 times as long
+# Reads of a program that has all of the depth, forward (k5 s2, 64 channels of 64x64x64: 0.80 ms for 1.00 in bf16).  Gradients,
+# and more source channels, were faster (up to 1.4 times) with the depth's taps one after the other.
+MOST_READS = 27
+# Steps at which a gradient's reads are sorted in registers rather than read apart: 1.2 to 2.7 times as fast (Triton 3.6 reads
+# what lies a step apart across threads in the wrong order besides, 3 times as long again); not where the width is odd, and
+# each read of its own anyway (16 to 3 channels, 3-d, 63 wide: 1.22 ms for 0.98).
+SPLITS = (2, 4)
 
 
 @dataclass(frozen=True)
@@ -57,31 +71,40 @@ class Few:
     Of a weight's gradient: some input pixels, with every tap along height and width, of some pairs of channels.
     """
 
-    # (offset along height, offset along width, uses) of each source pixel that is read; a use is a sum's number (phase along
-    # height, phase along width) and the weight's place (tap along height, along width).  A weight's gradient has a sum for
-    # each read.
-    reads: tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...]
-    phases_h: int  # of the destination: the stride forward, 1 backward
+    # (offset along depth, height and width, uses) of each read of the source; a use is the number of a sum (of a phase) and of
+    # a tap, both counted along the width first, and the part of the read (`split`).  A weight's gradient has a sum a tap.
+    reads: tuple[tuple[int, int, int, tuple[tuple[int, int, int], ...]], ...]
+    kernel: tuple[int, ...]  # of `reads`
+    # What becomes of the depth: "none" (1-d and 2-d layers have no such axis), "unrolled" (in `reads`), or "looped": a program
+    # has one phase of it, and goes through that one's taps.
+    depth: str
+    phases_d: int  # of the destination, in a program: the stride forward, 1 backward
+    phases_h: int
     phases_w: int
-    step_h: int  # from one destination pixel of a phase to the next, in source pixels: 1 forward, the stride backward
+    step_d: int  # from one destination pixel of a phase to the next, in source pixels: 1 forward, the stride backward
+    step_h: int
     step_w: int
+    split: (
+        int  # of a read, how many parts lie one between the others: step_w where it is read as it lies, 1 for one alone
+    )
+    sums: int  # a pixel
     channels: int  # destination channels of a program, one after the other
     lanes: int  # or side by side, in channels_last; 1: pixels alone lie side by side
+    vector: int  # of the lanes, how many a thread has
     own: bool  # whether each lane has a source channel of its own, as in depthwise layers
+    alone: bool  # whether a group has one source channel
+    held: bool  # whether a program loads the weights once, for all its tiles
+    across: bool  # whether those tiles lie along the width rather than one below the other
     unroll: int  # source channels
     block: int  # source channels whose products are added up before they are added to the rest; 0: all
     pixels: int
     box: int  # of them that lie side by side
-    # What to multiply a use's output channel, tap along height and along width by to find its weight; the launch knows.
+    # What to multiply an output channel and a tap's place along depth, height and width by to find its weight; the launch knows.
     weight: tuple[int, ...] = ()
-
-    @property
-    def sums(self) -> int:
-        return self.phases_h * self.phases_w * self.channels
 
     def describe(self) -> str:
         return (
-            f"{self.pixels} pixels in rows of {self.box}, {self.phases_h * self.phases_w} phases, "
+            f"{self.pixels} pixels in rows of {self.box}, {self.phases_d * self.phases_h * self.phases_w} phases, "
             f"{self.channels * self.lanes} channels, {len(self.reads)} reads"
             + (f", sums in blocks of {self.block} channels" if self.block else "")
         )
@@ -136,19 +159,20 @@ def refuse(
     return ""
 
 
-def _reads(geometry: Geometry, forward: bool):
-    """Few.reads of a layer."""
-    _, height, width = geometry.axes3
-    found: dict[tuple[int, int], list] = {}
+def _reads(axes, forward: bool, split: int):
+    """Few.reads of three axes."""
+    found: dict[tuple[int, ...], list] = {}
+    kernel, strides = [a.kernel for a in axes], [a.stride for a in axes]
     if forward:
-        for a, b in product(range(height.stride), range(width.stride)):
-            for (kh, dh), (kw, dw) in product(height.taps(a), width.taps(b)):
-                found.setdefault((dh, dw), []).append((a * width.stride + b, kh, kw))
+        for phase, of_phase in enumerate(product(*map(range, strides))):
+            for taps in product(*(axis.taps(a) for axis, a in zip(axes, of_phase))):
+                (kd, dd), (kh, dh), (kw, dw) = taps
+                found.setdefault((dd, dh, dw), []).append((phase, (kd * kernel[1] + kh) * kernel[2] + kw, 0))
     else:
-        for kh, kw in product(range(height.kernel), range(width.kernel)):
-            at = kh * height.dilation - height.padding, kw * width.dilation - width.padding
-            found[at] = [(0, kh, kw)]
-    return tuple((dh, dw, tuple(uses)) for (dh, dw), uses in sorted(found.items()))
+        for tap, place in enumerate(product(*map(range, kernel))):
+            d, h, w = (k * a.dilation - a.padding for k, a in zip(place, axes))
+            found.setdefault((d, h, w // split * split), []).append((0, tap, w % split))
+    return tuple((*at, tuple(uses)) for at, uses in sorted(found.items()))
 
 
 def _box(columns: int, pixels: int, most: int) -> int:
@@ -171,11 +195,38 @@ def choose(
         last: whether channels lie side by side (by_channels).
         portable: whether the portable kernels are what is left.
     """
+    sizes = batch, c_src, c_dst, size, half, last, target, portable
+    if geometry.ndim < 3:
+        return _choose(direction, geometry, "none", *sizes)
+    found = None
+    if direction == "forward" and (c_src == 1 or (c_src <= FEW_IN and not last)):
+        products, phases = geometry.taps, prod(geometry.stride)
+        if (
+            products <= MOST_PRODUCTS[direction]
+            and phases <= MOST_SUMS
+            and len(_reads(geometry.axes, True, 1)) <= MOST_READS
+        ):
+            found = _choose(direction, geometry, "unrolled", *sizes)
+    return found or _choose(direction, geometry, "looped", *sizes)
+
+
+def _choose(
+    direction: str, geometry: Geometry, depth: str, batch: int, c_src: int, c_dst: int, size, half: bool, last: bool,
+    target: Target, portable: bool,
+) -> Few | None:  # fmt: skip
+    """`choose`, with the depth as Few.depth."""
     forward = direction == "forward"
-    depth, height, width = geometry.axes3
-    reads = _reads(geometry, forward)
-    phases = height.stride * width.stride if forward else 1
-    products = height.kernel * width.kernel
+    one = Axis(1, 1, 0, 1)
+    looped = geometry.axes3[0] if depth == "looped" else one
+    axes = (one if depth == "looped" else geometry.axes3[0], *geometry.axes3[1:])
+    strides = tuple(a.stride for a in axes)
+    split = 1 if forward or last else strides[-1]
+    if split not in SPLITS or geometry.output_size(size)[-1] % split:  # then no access has two of them
+        split = 1
+    reads = _reads(axes, forward, split)
+    loads = len(reads) * split
+    phases = prod(strides) if forward else 1
+    products = prod(a.kernel for a in axes)
     own = geometry.groups > 1
     lanes = gcd(MOST_LANES, geometry.groups * c_dst) if last else 1
     channels = unroll = 1
@@ -183,22 +234,22 @@ def choose(
     rows, columns = _extent(geometry, batch, size, forward)
     others = geometry.groups * c_dst // lanes
     if direction == "backward_weight":
-        others, limit = others * c_src, SUMS // len(reads)
+        others, limit = others * c_src, SUMS // products
     else:
-        of_channel = height.most_taps * width.most_taps if forward else products  # products of a sum
+        of_channel = prod(a.most_taps for a in axes) if forward else products  # products of a sum
         of_block = max(BLOCK, (of_channel * c_src) ** 0.5)
         block = 0 if half or of_channel * c_src <= CHAIN else max(1, round(of_block / of_channel))
         if not last:
             most = max(1, min(MOST_SUMS // phases, MOST_PRODUCTS[direction] // products))
             channels = max(n for n in range(1, min(c_dst, most) + 1) if c_dst % n == 0)
-        others = others // channels * (min(depth.stride, sizes3(geometry.output_size(size))[0]) if forward else 1)
+        others = others // channels * (min(looped.stride, sizes3(geometry.output_size(size))[0]) if forward else 1)
         sums = SUMS_IN_BLOCKS if block else SUMS
-        limit = min(sums // (phases * channels), READS // len(reads))
+        limit = min(sums // (phases * channels), READS // loads)
     # Neighbouring channels: 16 bytes of them, in 16 bits half as many where each has many reads.
-    least = 1 if not last else 8 if half and 8 * len(reads) <= READS else 4
+    least = 1 if not last else 8 if half and 8 * loads <= READS else 4
     # In 16 bits 16 pixels spilled 52 bytes on sm_80, 96 on sm_86 and sm_89, 32 on Hopper.
     spills = half and target.backend == "cuda" and target.arch < 90
-    a_thread = (8 if spills else 16) if last else 8 if len(reads) <= 2 else 4
+    a_thread = (8 if spills else 16) if last else 8 if loads <= 2 else 4
     while a_thread > least and a_thread > limit:
         a_thread //= 2
     long = c_src > FEW_IN
@@ -213,14 +264,20 @@ def choose(
         while a_thread > least and cdiv(rows * columns * lanes, threads * a_thread) * others < enough:
             a_thread //= 2
         code = products * channels
-        fits = [n for n in (4, 2, 1) if n == 1 or (n * len(reads) * a_thread <= AHEAD and n * code <= CODE)]
+        fits = [n for n in (4, 2, 1) if n == 1 or (n * loads * a_thread <= AHEAD and n * code <= CODE)]
         unroll = next(n for n in fits if c_src % n == 0 and block % n == 0)
     pixels = threads * a_thread // lanes
     # Neighbouring rows share what they read.
+    height = axes[1]
     box = _box(columns, pixels, pixels if (height.kernel, height.stride) == (1, 1) else 128)
-    steps = (1, 1) if forward else (height.stride, width.stride)
-    shape = (height.stride, width.stride) if forward else (1, 1)
-    return Few(reads, *shape, *steps, channels, lanes, own, unroll, block, pixels, box)
+    steps, shape = ((1, 1, 1), strides) if forward else (strides, (1, 1, 1))
+    alone = c_src == 1
+    held = alone and depth != "looped" and direction != "backward_weight" and products * channels <= HELD
+    return Few(
+        reads, tuple(a.kernel for a in axes), depth, *shape, *steps, split,
+        products if direction == "backward_weight" else phases * channels, channels, lanes, VECTOR if last else 1, own, alone,
+        held, geometry.ndim == 1, unroll, block, pixels, box,
+    )  # fmt: skip
 
 
 def _extent(geometry: Geometry, batch: int, size, forward: bool) -> tuple[int, int]:
@@ -238,9 +295,18 @@ def tiles(tile: Few, geometry: Geometry, batch: int, size, forward: bool) -> int
     return cdiv(rows, tile.pixels // tile.box) * cdiv(columns, tile.box)
 
 
-def programs(tile: Few, geometry: Geometry, batch: int, c_dst: int, size, forward: bool) -> int:
-    """How many programs carry out a gather; c_dst is a group's, size the input's."""
-    phases = min(geometry.axes3[0].stride, sizes3(geometry.output_size(size))[0]) if forward else 1
-    return (
-        tiles(tile, geometry, batch, size, forward) * phases * (geometry.groups * c_dst // (tile.channels * tile.lanes))
-    )
+def grid(
+    tile: Few, geometry: Geometry, batch: int, c_dst: int, size, forward: bool, processors: int
+) -> tuple[int, int, int]:
+    """(programs, parts, tiles a part) of a gather; c_dst is a group's, size the input's."""
+    looped = forward and tile.depth == "looped"
+    rows, columns = _extent(geometry, batch, size, forward)
+    shared, others = cdiv(rows, tile.pixels // tile.box), cdiv(columns, tile.box)
+    if tile.across:
+        shared, others = others, shared
+    others *= geometry.groups * c_dst // (tile.channels * tile.lanes)
+    others *= min(geometry.axes3[0].stride, sizes3(geometry.output_size(size))[0]) if looped else 1
+    most = MOST_TILES if tile.alone and tile.depth != "looped" and len(tile.reads) > 1 else 1
+    each = max(1, min(most, shared * others // max(1, LEAST_WAVES * processors)))
+    parts = cdiv(shared, each)
+    return others * parts, parts, cdiv(shared, parts)

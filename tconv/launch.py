@@ -24,6 +24,7 @@ from .record import Described, Record, on_device
 INT32 = 2**31 - 1
 # A launch with these may begin before the one ahead of it has ended, if that lets it; the interpreter knows no such thing.
 OVERLAPPING = {} if INTERPRET else {"launch_pdl": True}
+FEW_SUMS = 1 << 17  # results of a second stage
 PARTS = {"tf32": 1, "tf32x3": 2}  # TF32 values that a packed fp32 weight becomes
 
 
@@ -295,6 +296,8 @@ def _weight_few(noted: Record, chosen: Plan, input, grad_output, partials, geome
         *sizes3(input.shape[2:]), *sizes3(grad_output.shape[2:]),
         depth.kernel, depth.stride, depth.padding, depth.dilation,
         *strides5(input), *strides5(grad_output), chosen.tiles_per_split,
+        X_VECTOR=_along_width(input),
+        Y_VECTOR=_along_width(grad_output),
         ACC=accumulator(input.dtype),
         t=tile,
         num_warps=few.WARPS,
@@ -621,33 +624,34 @@ def gather_few(
     c_src, c_dst = source.shape[1] // g, destination.shape[1] // g
     w_i, w_o, w_d, w_h, w_w = strides5(weight)
     w_s, w_t = (w_i, w_o) if is_forward else (w_o, w_i)
-    w_g, tap = (c_src if is_forward else c_dst) * w_i, 1
+    w_g = (c_src if is_forward else c_dst) * w_i
     tile, depth = chosen.config, geometry.axes3[0]
     assert isinstance(tile, few.Few)
     size = (source if is_forward else destination).shape[2:]
-    programs = few.programs(tile, geometry, source.shape[0], c_dst, size, is_forward)
-    if tile.lanes > 1:  # as [tap, source channel, all destination channels]
+    processors = target_of(source.device).processors
+    programs, parts, per_part = few.grid(tile, geometry, source.shape[0], c_dst, size, is_forward, processors)
+    if (lanes := tile.lanes) > 1:  # as [block of lanes, tap, source channel, lane]
         w_t = w_i if g > 1 else w_t  # a group has one channel
-        weight = pack(noted, weight, (0, w_t, w_s), (w_d, w_h, w_w), 1, c_dst * g, c_src, 1, 16, 0)
-        _, height, width = weight.shape
-        _, _, kw = sizes3(geometry.kernel)
-        tile = replace(tile, weight=(0, kw, 1))
-        g, c_dst, w_g, w_s, tap = 1, c_dst * g, 0, width, height * width
-        w_d = prod(sizes3(geometry.kernel)[1:]) * tap
+        g, c_dst = 1, c_dst * g
+        roles, (kd, kh, kw) = (lanes * w_t, w_t, w_s), sizes3(geometry.kernel)
+        weight = pack(noted, weight, roles, (w_d, w_h, w_w), c_dst // lanes, lanes, c_src, 1, 16, 0)
+        w_s, tap = lanes, c_src * lanes
+        w_g, w_d = kd * kh * kw * tap, kh * kw * tap
+        tile = replace(tile, weight=(0, w_d, kw * tap, tap))
     else:
-        tile = replace(tile, weight=(w_t, w_h, w_w))
+        tile = replace(tile, weight=(w_t, w_d, w_h, w_w))
     noted.launch(
         gather_few, programs,
         source, weight, destination if bias is None else bias, destination,
         source.shape[0], c_src, c_dst, g, *sizes3(source.shape[2:]), *sizes3(destination.shape[2:]),
         depth.kernel, depth.stride, depth.padding, depth.dilation, depth.gcd, depth.inverse,
-        *strides5(source), *strides5(destination), w_g, w_s, w_d, tap,
+        *strides5(source), *strides5(destination), w_g, w_s, w_d, parts, per_part,
         FORWARD=is_forward,
         SRC_WIDTH=layout(source) == "width",
         DST_WIDTH=layout(destination) == "width",
         SRC_VECTOR=_along_width(source),
-        # A thread's neighbouring results of backward_input read a stride apart, and threads should do that side by side.
-        DST_VECTOR=_along_width(destination) if is_forward or geometry.kernel[-1] <= geometry.stride[-1] else 1,
+        # Where a thread's neighbouring results read a stride apart, threads should do that side by side.
+        DST_VECTOR=_along_width(destination) if is_forward or tile.split > 1 else 1,
         HAS_BIAS=bias is not None,
         ACC=accumulator(source.dtype),
         t=tile,
@@ -901,8 +905,15 @@ def _partial_sums(noted: Record, result: torch.Tensor, splits: int) -> torch.Ten
 def _sum_splits(noted: Record, partial: torch.Tensor, result: torch.Tensor) -> None:
     from .kernels.reduce import sum_splits
 
-    (splits, count), block = partial.shape, 1024
-    noted.launch(sum_splits, cdiv(count, block), partial, result, count, splits, BLOCK=block)
+    (splits, count) = partial.shape
+    rows, block = _sums(count, splits)
+    noted.launch(sum_splits, cdiv(count, block), partial, result, count, splits, ROWS=rows, BLOCK=block)
+
+
+def _sums(count: int, splits: int) -> tuple[int, int]:
+    """(splits, results) that a program of kernels.reduce adds side by side: of few results one program would go through
+    hundreds of splits one after the other (64 channels of k4, 512 splits: 0.15 ms)."""
+    return (1, 1024) if count > FEW_SUMS else (8 if splits <= 8 else 128, 32)
 
 
 def _sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:
@@ -910,6 +921,6 @@ def _sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:
 
     splits, taps, columns = partials.shape
     _, kh, kw = (a.kernel for a in axes) if axes else (1, 1, 1)
-    block = 1024
-    grid = cdiv(taps * columns, block)
-    noted.launch(sum_partials, grid, partials, grad, splits, taps, columns, c_out, kh, kw, *strides, BLOCK=block)
+    rows, block = _sums(taps * columns, splits)
+    sizes = splits, taps, columns, c_out, kh, kw
+    noted.launch(sum_partials, cdiv(taps * columns, block), partials, grad, *sizes, *strides, ROWS=rows, BLOCK=block)

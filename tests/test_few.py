@@ -67,7 +67,7 @@ def test_random_layers(seed, last, device, ieee, monkeypatch):
     """All three passes; on a GPU, too, on layers so small that they would run elsewhere."""
     if (layer := drawn(seed, last)) is None:
         pytest.skip("no output")
-    for least in ("PROGRAMS", "LARGE_PROGRAMS", "SHORT_PROGRAMS"):
+    for least in ("PROGRAMS", "LARGE_PROGRAMS", "SHORT_PROGRAMS", "LEAST_WAVES"):  # and several tiles a program
         monkeypatch.setattr(few, least, 0)
     few.choose.cache_clear()
     dispatch.plan.cache_clear()
@@ -138,15 +138,17 @@ def test_tiles():
             tile, geometry = chosen(*args, half=half, portable=True, **options)
             a_thread = tile.pixels // (few.WARPS * few.WARP)
             most = few.SUMS_IN_BLOCKS if tile.block else few.SUMS
-            assert a_thread == 1 or (a_thread * tile.sums <= most and a_thread * len(tile.reads) <= few.READS)
+            assert a_thread == 1 or (
+                a_thread * tile.sums <= most and a_thread * len(tile.reads) * tile.split <= few.READS
+            )
             assert not (half and tile.block) and tile.block % tile.unroll == 0
         assert tile.sums <= few.MOST_SUMS and tile.pixels % tile.box == 0
-        taps = geometry.axes3[1].kernel * geometry.axes3[2].kernel
-        assert sum(len(uses) for _, _, uses in tile.reads) == taps
-        assert len({use for _, _, uses in tile.reads for use in uses}) == taps
+        taps = geometry.taps if tile.depth == "unrolled" else geometry.axes3[1].kernel * geometry.axes3[2].kernel
+        assert sorted(tap for *_, uses in tile.reads for _, tap, _ in uses) == list(range(taps))
+        assert tile.depth == ("none" if geometry.ndim < 3 else "unrolled")
         assert args[0] // geometry.groups % tile.unroll == 0 and args[1] // geometry.groups % tile.channels == 0
         c_dst = args[1] // geometry.groups
-        assert few.programs(tile, geometry, args[4], c_dst, args[3], True) >= 2 * HOPPER.processors
+        assert few.grid(tile, geometry, args[4], c_dst, args[3], True, HOPPER.processors)[0] >= 2 * HOPPER.processors
 
 
 @pytest.mark.parametrize("half", (True, False))
@@ -160,9 +162,8 @@ def test_tiles_in_channels_last(direction, half):
     ):
         tile, _ = chosen(*args, half=half, last=True, direction=direction, **options)
         a_thread = tile.pixels * tile.lanes // (few.WARPS * few.WARP)
-        sums = len(tile.reads) if direction == "backward_weight" else tile.sums
         assert args[0] % tile.lanes == 0 and tile.lanes >= 16 and a_thread >= 4
-        assert a_thread * sums <= few.READS and tile.pixels % tile.box == 0 and tile.own
+        assert a_thread * tile.sums <= few.READS and tile.pixels % tile.box == 0 and tile.own
 
 
 def test_too_few_pixels_are_left():

@@ -1,6 +1,7 @@
 """Passes that are left to aten because it measured faster: which, with what reason, and that they come out right."""
 
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -101,6 +102,29 @@ def test_products_of_contiguous_matrices(change, left):
     facts = dict(geometry=geometry, batch=4, c_in=128, c_out=256, input_size=(180, 180), dtype=torch.float16, tf32=True)
     plan = dispatch.plan(Problem("forward", **(facts | dict(source="width", weight="taps") | change)), HOPPER)
     assert (plan.family == "aten") == left, plan
+
+
+@pytest.mark.parametrize(
+    "change, left",
+    [
+        ({}, True),
+        (dict(dtype=torch.float32), True),
+        (dict(dtype=torch.float32, tf32=False), False),
+        (dict(input_size=(8, 8)), False),
+        (dict(batch=32), False),
+        (dict(c_out=48), False),
+        (dict(source="width", destination="width"), False),
+        (dict(geometry=Geometry((2, 2), (2, 2), (0, 0), (0, 0), 1, (1, 1))), False),
+        (dict(geometry=Geometry((3, 3), (1, 1), (1, 1), (0, 0), 1, (1, 1))), False),
+    ],
+)
+def test_small_images_in_channels_last(change, left):
+    """DreamerV3's first layer, and what is unlike it."""
+    facts = dict(geometry=Geometry((4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)), batch=1024, c_in=256, c_out=128)
+    facts |= dict(input_size=(4, 4), dtype=torch.bfloat16, tf32=True, source="vectors", destination="vectors") | change
+    plan = dispatch.plan(Problem("forward", **facts), HOPPER)
+    assert (plan.family == "aten") == left, plan
+    assert dispatch.plan(Problem("forward", **facts), replace(HOPPER, without=("aten",))).family != "aten"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from .common import axis_taps, inside, known_strides, split_row, widen
 
 GATHER = (
     "batch c_src c_dst groups d_src h_src w_src d_dst h_dst w_dst kd strided padd dild gcdd invd "
-    "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w w_g w_s w_d w_tap"
+    "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w w_g w_s w_d parts per_part"
 ).split()
 WEIGHT = (
     "batch c_in c_out groups d_in h_in w_in d_out h_out w_out kd strided padd dild "
@@ -27,7 +27,8 @@ def _name(base, tensor):
         t, dtype = c["t"], specialization.signature[tensor].lstrip("*")
         what = base + {True: "_forward", False: "_backward_input"}.get(c.get("FORWARD"), "")
         last = f"_channels_last{t.lanes}" if t.lanes > 1 else ""
-        return f"{what}{last}_{dtype}_{t.phases_h}x{t.phases_w}x{t.channels}_{len(t.reads)}_{t.pixels}"
+        phases = f"{t.phases_d}x{t.phases_h}x{t.phases_w}x{t.channels}"
+        return f"{what}{last}_{dtype}_{phases}_{len(t.reads)}_{t.pixels}"
 
     return name
 
@@ -44,12 +45,13 @@ def _add(sums, i: tl.constexpr, product):
 
 @triton.jit
 def _zeros(ACC: tl.constexpr, COUNT: tl.constexpr, t: tl.constexpr):
-    if COUNT == 0:
-        return ()
+    """So many sums.  By halves, as all that makes tuples here: one by one Triton 3.9 would exceed Python's depth of recursion."""
+    if COUNT > 1:
+        return _zeros(ACC, COUNT // 2, t) + _zeros(ACC, COUNT - COUNT // 2, t)
     elif t.lanes > 1:
-        return (tl.zeros((tl.constexpr(t.pixels), tl.constexpr(t.lanes)), ACC),) + _zeros(ACC, COUNT - 1, t)
+        return (tl.zeros((tl.constexpr(t.pixels), tl.constexpr(t.lanes)), ACC),)
     else:
-        return (tl.zeros((tl.constexpr(t.pixels // t.box), tl.constexpr(t.box)), ACC),) + _zeros(ACC, COUNT - 1, t)
+        return (tl.zeros((tl.constexpr(t.pixels // t.box), tl.constexpr(t.box)), ACC),)
 
 
 @triton.jit
@@ -61,6 +63,39 @@ def _pixels(tile_r, tile_w, t: tl.constexpr):
     else:
         r = tl.arange(0, tl.constexpr(t.pixels // t.box))[:, None]
         return tile_r * (t.pixels // t.box) + r, tile_w * t.box + tl.arange(0, tl.constexpr(t.box))[None, :]
+
+
+@triton.jit
+def _split_row(row, d_size, h_size, t: tl.constexpr):
+    """common.split_row, without the depth where there is none."""
+    if t.depth == "none":
+        return row // h_size, 0, row % h_size
+    else:
+        return split_row(row, d_size, h_size)
+
+
+@triton.jit
+def _columns(tile_w, qw, t: tl.constexpr):
+    """The source columns of a read at offset 0: the step apart, or all there are, which _parts sorts."""
+    if t.split == 1:
+        return qw * t.step_w
+    else:
+        return tile_w * (t.box * t.split) + tl.arange(0, tl.constexpr(t.box * t.split))[None, :]
+
+
+@triton.jit
+def _parts(v, t: tl.constexpr):
+    """Of a read, what belongs to each place within a step: columns a step apart."""
+    if t.split == 1:
+        return (v,)
+    else:
+        even, odd = tl.split(v.reshape([t.pixels // t.box, t.box * t.split // 2, 2]))
+        if t.split == 2:
+            return even, odd
+        else:
+            first, third = tl.split(even.reshape([t.pixels // t.box, t.box, 2]))
+            second, fourth = tl.split(odd.reshape([t.pixels // t.box, t.box, 2]))
+            return first, second, third, fourth
 
 
 @triton.jit
@@ -79,33 +114,70 @@ def _lanes(first, t: tl.constexpr):
 
 
 @triton.jit
+def _held(weight, ACC: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, t: tl.constexpr):
+    """So many weights from the FIRST on, counted by tap and destination channel."""
+    if COUNT > 1:
+        HALF: tl.constexpr = COUNT // 2
+        return _held(weight, ACC, FIRST, HALF, t) + _held(weight, ACC, FIRST + HALF, COUNT - HALF, t)
+    else:
+        return (widen(_weight(weight, FIRST // t.channels, FIRST % t.channels, t), ACC),)
+
+
+@triton.jit
+def _biases(bias, ACC: tl.constexpr, COUNT: tl.constexpr):
+    """The biases of so many destination channels."""
+    if COUNT > 1:
+        return _biases(bias, ACC, COUNT // 2) + _biases(bias + COUNT // 2, ACC, COUNT - COUNT // 2)
+    else:
+        return (widen(tl.load(bias), ACC),)
+
+
+@triton.jit
+def _weight(weight, TAP: tl.constexpr, CO: tl.constexpr, t: tl.constexpr):
+    KH: tl.constexpr = t.kernel[1]
+    KW: tl.constexpr = t.kernel[2]
+    of_tap = TAP // (KH * KW) * t.weight[1] + TAP // KW % KH * t.weight[2] + TAP % KW * t.weight[3]
+    return tl.load(weight + (CO * t.weight[0] + of_tap))
+
+
+@triton.jit
 def _add_channels(
-    sums, src, weight, c, plane_ok, ih, iw, h_src, w_src, src_c, src_h, src_w, w_s, w_tap, ACC: tl.constexpr,
-    t: tl.constexpr,
+    sums, src, weight, held, c, ok, id0, ih, iw, d_src, h_src, w_src, src_c, src_d, src_h, src_w, w_s,
+    ACC: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of t.unroll source channels from c on; src and weight are those of one tap along the depth."""
+    """Add the products of t.unroll source channels from c on; where the depth's taps are looped over, src and weight are those
+    of one of them, and ok says whether it is inside."""
     for u in tl.static_range(tl.constexpr(t.unroll)):
-        of_channel = weight + (c + u) * w_s.to(tl.int64)
-        at = src + (c + u) * src_c
+        at = src
+        of_channel = weight
+        if not t.alone:
+            of_channel += (c + u) * w_s.to(tl.int64)
+            at += (c + u) * src_c
         for r in tl.static_range(len(t.reads)):
-            ok = plane_ok & inside(ih + t.reads[r][0], h_src) & inside(iw + t.reads[r][1], w_src)
-            # The height's part first: the width's is then a constant of the load.
-            v = widen(tl.load(at + t.reads[r][0] * src_h + t.reads[r][1] * src_w, mask=ok, other=0.0), ACC)
-            sums = _add_products(sums, v, of_channel, w_tap, r, t)
+            ok_r = ok
+            if t.depth == "unrolled":
+                ok_r = ok_r & inside(id0 + t.reads[r][0], d_src)
+            ok_r = ok_r & inside(ih + t.reads[r][1], h_src) & inside(iw + t.reads[r][2], w_src)
+            # The width's part last: it is then a constant of the load.
+            from_r = at
+            if t.depth == "unrolled":
+                from_r += t.reads[r][0] * src_d
+            from_r += t.reads[r][1] * src_h + t.reads[r][2] * src_w
+            parts = _parts(widen(tl.load(from_r, mask=ok_r, other=0.0), ACC), t)
+            sums = _add_products(sums, parts, of_channel, held, ACC, r, t)
     return sums
 
 
 @triton.jit
-def _add_products(sums, v, weight, w_tap, READ: tl.constexpr, t: tl.constexpr):
-    """Add what one source pixel contributes to each sum."""
-    for u in tl.static_range(len(t.reads[READ][2])):
+def _add_products(sums, parts, weight, held, ACC: tl.constexpr, READ: tl.constexpr, t: tl.constexpr):
+    """Add what one read contributes to each sum."""
+    for u in tl.static_range(len(t.reads[READ][3])):
         for co in tl.static_range(tl.constexpr(t.channels)):
-            w = tl.load(
-                weight
-                + co * t.weight[0]
-                + (t.reads[READ][2][u][1] * t.weight[1] + t.reads[READ][2][u][2] * t.weight[2]) * w_tap
-            )
-            sums = _add(sums, t.reads[READ][2][u][0] * t.channels + co, v * widen(w, v.dtype))
+            if t.held:
+                w = held[t.reads[READ][3][u][1] * t.channels + co]
+            else:
+                w = widen(_weight(weight, t.reads[READ][3][u][1], co, t), ACC)
+            sums = _add(sums, t.reads[READ][3][u][0] * t.channels + co, parts[t.reads[READ][3][u][2]] * w)
     return sums
 
 
@@ -124,33 +196,36 @@ def _joined(sums, FIRST: tl.constexpr, t: tl.constexpr, WIDTH: tl.constexpr, STE
 def gather_few(
     src, weight, bias, dst,
     batch, c_src, c_dst, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst, kd, strided, padd, dild, gcdd, invd,
-    src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_g, w_s, w_d, w_tap,
+    src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_g, w_s, w_d, parts, per_part,
     FORWARD: tl.constexpr, SRC_WIDTH: tl.constexpr, DST_WIDTH: tl.constexpr, SRC_VECTOR: tl.constexpr, DST_VECTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
     """dst[n, co, q*phases + a] = bias[co] + sum over taps of phase a and over ci of src * weight.
 
-    c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d, w_tap:
-    the weight's strides along group, source channel, depth, and for t.weight to multiply.  SRC_VECTOR and DST_VECTOR divide
-    the strides and the width of a tensor along whose width neighbours lie.
+    c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d: the
+    weight's strides along group (or block of lanes), source channel and depth.  A program does per_part tiles, one
+    below the other or one after the other along the width, of `parts` such parts.  SRC_VECTOR and DST_VECTOR divide the strides and the width of a tensor along whose
+    width neighbours lie.
     """
-    SRC_LAYOUT: tl.constexpr = (
-        "vectors" if t.own and t.lanes > 1 else "width" if SRC_WIDTH and t.lanes == 1 else "strided"
-    )
-    DST_LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width" if DST_WIDTH else "strided"
-    # Not the channels': a channel of a thread's own is the first of one, and to say so made longer code.
-    src_n, _, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
-    dst_n, dst_c, dst_d, dst_h, dst_w = known_strides(dst_n, dst_c, dst_d, dst_h, dst_w, DST_LAYOUT)
     if t.lanes > 1:
+        if t.own:
+            src_w, src_n, _, src_d, src_h = _divisible(src_w, src_n, src_c, src_d, src_h, t.vector)
+        dst_w, dst_n, _, dst_d, dst_h = _divisible(dst_w, dst_n, dst_c, dst_d, dst_h, t.vector)
+        dst_c = 1
+        w_g = w_g // 16 * 16
         w_s = w_s // 16 * 16
         w_d = w_d // 16 * 16
-        w_tap = w_tap // 16 * 16
     else:
-        w_tap = 1
+        src_w = 1 if SRC_WIDTH else src_w
+        dst_w = 1 if DST_WIDTH else dst_w
         w_src, src_n, src_c, src_d, src_h = _divisible(w_src, src_n, src_c, src_d, src_h, SRC_VECTOR)
         w_dst, dst_n, dst_c, dst_d, dst_h = _divisible(w_dst, dst_n, dst_c, dst_d, dst_h, DST_VECTOR)
-    phases_d = strided if FORWARD else 1
-    q_d = tl.cdiv(d_dst, phases_d)
+    if t.depth == "looped":
+        phases_d = strided if FORWARD else 1
+        q_d = tl.cdiv(d_dst, phases_d)
+    else:
+        phases_d = t.phases_d
+        q_d = tl.cdiv(d_dst, t.phases_d)
     q_h = tl.cdiv(h_dst, t.phases_h)
     q_w = tl.cdiv(w_dst, t.phases_w)
     tiles_w = tl.cdiv(q_w, t.box)
@@ -162,76 +237,132 @@ def gather_few(
     pid = tl.program_id(0)
     block = pid % blocks
     pid = pid // blocks
-    used_d = tl.minimum(phases_d, d_dst)
-    phase_d = pid % used_d
-    pid = pid // used_d
-    tile_w = pid % tiles_w
-    pid = pid // tiles_w
-    tile_r = pid % tiles_r
-    group = pid // tiles_r
+    phase_d = 0
+    if t.depth == "looped":
+        used_d = tl.minimum(phases_d, d_dst)
+        phase_d = pid % used_d
+        pid = pid // used_d
+        first_d, tap_step_d, count_d, off_d, step_d = axis_taps(phase_d, kd, strided, padd, dild, gcdd, invd, FORWARD)
+    tiles, beside = (tiles_w, tiles_r) if t.across else (tiles_r, tiles_w)
+    this = pid % beside
+    pid = pid // beside
+    part = pid % parts
+    group = pid // parts
 
-    first_d, tap_step_d, count_d, off_d, step_d = axis_taps(phase_d, kd, strided, padd, dild, gcdd, invd, FORWARD)
-    row, qw = _pixels(tile_r, tile_w, t)
-    n, qd, qh = split_row(row, q_d, q_h)
-    row_ok = row < rows
-    id0 = qd * (1 if FORWARD else strided) + off_d
-    ih = qh * t.step_h
-    iw = qw * t.step_w
-    pixel = n * src_n + id0 * src_d + ih * src_h + iw * src_w + group * c_src * src_c
     co0 = block * (t.channels * t.lanes)
     co = _lanes(co0, t)
+    source = group * c_src * src_c
+    to = co
     if t.lanes == 1:
+        to += group * c_dst
         weights = weight + group.to(tl.int64) * w_g + co0.to(tl.int64) * t.weight[0]
     else:
-        weights = weight + co
+        weights = weight + block * w_g + _lanes(0, t)
         if t.own:
-            pixel += co
+            source = co
+    held = ()
+    if t.held:
+        held = _held(weights, ACC, 0, t.kernel[0] * t.kernel[1] * t.kernel[2] * t.channels, t)
+    if HAS_BIAS:
+        biases = _biases(bias + to, ACC, t.channels)
 
-    sums = _zeros(ACC, t.sums, t)
-    for jd in range(count_d):
-        plane_ok = row_ok & inside(id0 + jd * step_d, d_src)
-        plane = src + (pixel + jd * step_d * src_d)
-        of_tap = weights + w_d.to(tl.int64) * (first_d + jd * tap_step_d)
-        if t.block:
-            for first in range(0, c_src, t.block):
-                in_block = _zeros(ACC, t.sums, t)
-                for c in range(first, tl.minimum(first + t.block, c_src), t.unroll):
-                    in_block = _add_channels(
-                        in_block, plane, of_tap, c, plane_ok, ih, iw, h_src, w_src, src_c, src_h, src_w, w_s, w_tap,
-                        ACC, t,
-                    )  # fmt: skip
-                for i in tl.static_range(tl.constexpr(t.sums)):
-                    sums = _add(sums, i, in_block[i])
-        else:
-            for c in range(0, c_src, t.unroll):
-                sums = _add_channels(
-                    sums, plane, of_tap, c, plane_ok, ih, iw, h_src, w_src, src_c, src_h, src_w, w_s, w_tap, ACC, t
-                )
-
-    od = qd * phases_d + phase_d
-    out = n * dst_n + od * dst_d + (group * c_dst + co) * dst_c
-    out_ok = row_ok & (od < d_dst)
     W: tl.constexpr = t.phases_w if t.lanes == 1 and t.phases_w & (t.phases_w - 1) == 0 else 1  # side by side
-    for a in tl.static_range(tl.constexpr(t.phases_h)):
-        oh = qh * t.phases_h + a
-        for b in tl.static_range(tl.constexpr(t.phases_w // W)):
-            for c in tl.static_range(tl.constexpr(t.channels)):
-                if t.lanes > 1:
-                    ow = qw * t.phases_w + b
-                    ok = out_ok & (oh < h_dst) & (ow < w_dst)
-                    at = out + oh * dst_h + ow * dst_w
-                    v = sums[(a * t.phases_w + b) * t.channels + c]
-                else:
-                    if W == 1:
-                        ow = qw * t.phases_w + b
-                    else:
-                        ow = tile_w * (t.box * W) + tl.arange(0, tl.constexpr(t.box * W))[None, :]
-                    ok = out_ok & (oh < h_dst) & (ow < w_dst)
-                    at = out + oh * dst_h + ow * dst_w + c * dst_c
-                    v = _joined(sums, (a * t.phases_w + b) * t.channels + c, t, W, 1)
-                if HAS_BIAS:
-                    v += widen(tl.load(bias + (group * c_dst + co + c)), ACC)
-                tl.store(dst + at, v.to(dst.dtype.element_ty), mask=ok)
+    for tile in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
+        tile_r, tile_w = (this, tile) if t.across else (tile, this)
+        row, qw = _pixels(tile_r, tile_w, t)
+        n, qd, qh = _split_row(row, q_d, q_h, t)
+        row_ok = row < rows
+        ih = qh * t.step_h
+        iw = _columns(tile_w, qw, t)
+        pixel = n * src_n + ih * src_h + iw * src_w + source
+        sums = _zeros(ACC, t.sums, t)
+        if t.depth == "looped":
+            id0 = qd * (1 if FORWARD else strided) + off_d
+            for jd in range(count_d):
+                ok = row_ok & inside(id0 + jd * step_d, d_src)
+                plane = src + (pixel + (id0 + jd * step_d) * src_d)
+                of_tap = weights + w_d.to(tl.int64) * (first_d + jd * tap_step_d)
+                sums = _add_all(
+                    sums, plane, of_tap, held, ok, id0, ih, iw, d_src, h_src, w_src, c_src, src_c, src_d, src_h, src_w,
+                    w_s, ACC, t,
+                )  # fmt: skip
+        else:
+            id0 = qd * t.step_d
+            if t.depth == "unrolled":
+                pixel += id0 * src_d
+            sums = _add_all(
+                sums, src + pixel, weights, held, row_ok, id0, ih, iw, d_src, h_src, w_src, c_src, src_c, src_d, src_h,
+                src_w, w_s, ACC, t,
+            )  # fmt: skip
+
+        for ad in tl.static_range(tl.constexpr(t.phases_d)):
+            od = qd * phases_d + phase_d + ad
+            out = n * dst_n + to * dst_c
+            out_ok = row_ok
+            if t.depth != "none":
+                out += od * dst_d
+                out_ok = out_ok & (od < d_dst)
+            for ah in tl.static_range(tl.constexpr(t.phases_h)):
+                oh = qh * t.phases_h + ah
+                for aw in tl.static_range(tl.constexpr(t.phases_w // W)):
+                    for c in tl.static_range(tl.constexpr(t.channels)):
+                        if W == 1:
+                            ow = qw * t.phases_w + aw
+                            v = sums[((ad * t.phases_h + ah) * t.phases_w + aw) * t.channels + c]
+                        else:
+                            ow = tile_w * (t.box * W) + tl.arange(0, tl.constexpr(t.box * W))[None, :]
+                            v = _joined(sums, ((ad * t.phases_h + ah) * t.phases_w + aw) * t.channels + c, t, W, 1)
+                        ok = out_ok & (oh < h_dst) & (ow < w_dst)
+                        if HAS_BIAS:
+                            v += biases[c]
+                        at = out + oh * dst_h + ow * dst_w + c * dst_c
+                        tl.store(dst + at, v.to(dst.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _add_all(
+    sums, src, weight, held, ok, id0, ih, iw, d_src, h_src, w_src, c_src, src_c, src_d, src_h, src_w, w_s,
+    ACC: tl.constexpr, t: tl.constexpr,
+):  # fmt: skip
+    """_add_channels of all source channels, in blocks where t.block says so."""
+    if t.alone:
+        sums = _add_channels(
+            sums, src, weight, held, 0, ok, id0, ih, iw, d_src, h_src, w_src, src_c, src_d, src_h, src_w, w_s, ACC, t
+        )
+    elif t.block:
+        for first in range(0, c_src, t.block):
+            in_block = _zeros(ACC, t.sums, t)
+            for c in range(first, tl.minimum(first + t.block, c_src), t.unroll):
+                in_block = _add_channels(
+                    in_block, src, weight, held, c, ok, id0, ih, iw, d_src, h_src, w_src, src_c, src_d, src_h, src_w, w_s,
+                    ACC, t,
+                )  # fmt: skip
+            for i in tl.static_range(tl.constexpr(t.sums)):
+                sums = _add(sums, i, in_block[i])
+    else:
+        for c in range(0, c_src, t.unroll):
+            sums = _add_channels(
+                sums,
+                src,
+                weight,
+                held,
+                c,
+                ok,
+                id0,
+                ih,
+                iw,
+                d_src,
+                h_src,
+                w_src,
+                src_c,
+                src_d,
+                src_h,
+                src_w,
+                w_s,
+                ACC,
+                t,
+            )
+    return sums
 
 
 @triton.jit(repr=_name("tconv_few_backward_weight", "x"), do_not_specialize=WEIGHT)
@@ -239,16 +370,19 @@ def weight_few(
     x, y, partial,
     batch, c_in, c_out, groups, d_in, h_in, w_in, d_out, h_out, w_out, kd, strided, padd, dild,
     x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, per_split,
-    ACC: tl.constexpr, t: tl.constexpr,
+    X_VECTOR: tl.constexpr, Y_VECTOR: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
     """partial[split, tap, column] = sum over this split's tiles of input pixels of x * y, for all taps of one plane.
 
     y is the output's gradient; a column is an (input channel, output channel of its group) pair; c_in and c_out are a
-    group's.  Where channels lie side by side, both are 1.
+    group's.  Where channels lie side by side, both are 1.  X_VECTOR and Y_VECTOR are like SRC_VECTOR of gather_few.
     """
     LAYOUT: tl.constexpr = "vectors" if t.lanes > 1 else "width"
     x_n, x_c, x_d, x_h, x_w = known_strides(x_n, x_c, x_d, x_h, x_w, LAYOUT)
     y_n, y_c, y_d, y_h, y_w = known_strides(y_n, y_c, y_d, y_h, y_w, LAYOUT)
+    if t.lanes == 1:
+        w_in, x_n, x_c, x_d, x_h = _divisible(w_in, x_n, x_c, x_d, x_h, X_VECTOR)
+        w_out, y_n, y_c, y_d, y_h = _divisible(w_out, y_n, y_c, y_d, y_h, Y_VECTOR)
     columns = groups * c_in * c_out
     blocks = columns // t.lanes
     # What reads the same pixels is neighbours.
@@ -268,25 +402,36 @@ def weight_few(
     tiles_w = tl.cdiv(w_in, t.box)
     tiles = tl.cdiv(rows, t.pixels // t.box) * tiles_w
 
-    sums = _zeros(ACC, len(t.reads), t)
+    sums = _zeros(ACC, t.sums, t)
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
         row, iw = _pixels(tile // tiles_w, tile % tiles_w, t)
-        n, id_, ih = split_row(row, d_in, h_in)
-        od = id_ * strided + (tap_d * dild - padd)
+        n, id_, ih = _split_row(row, d_in, h_in, t)
         oh = ih * t.step_h
-        ow = iw * t.step_w
-        ok = (row < rows) & (iw < w_in) & inside(od, d_out)
-        of_x = tl.load(x + (n * x_n + id_ * x_d + ih * x_h + iw * x_w + ci * x_c), mask=ok, other=0.0)
-        plane = y + (n * y_n + od * y_d + oh * y_h + ow * y_w + co * y_c)
+        ow = _columns(tile % tiles_w, iw, t)
+        ok_row = row < rows
+        of_row = x + (n * x_n + ih * x_h + ci * x_c)
+        plane = y + (n * y_n + oh * y_h + ow * y_w + co * y_c)
+        if t.depth != "none":
+            od = id_ * strided + (tap_d * dild - padd)
+            ok_row = ok_row & inside(od, d_out)
+            of_row += id_ * x_d
+            plane += od * y_d
+        ok = ok_row & (iw < w_in)
+        of_x = tl.load(of_row + iw * x_w, mask=ok, other=0.0)
         for r in tl.static_range(len(t.reads)):
-            ok_y = ok & inside(oh + t.reads[r][0], h_out) & inside(ow + t.reads[r][1], w_out)
-            of_y = tl.load(plane + t.reads[r][0] * y_h + t.reads[r][1] * y_w, mask=ok_y, other=0.0)
-            # An infinity beside the border multiplies nothing.  Selected after the sum, so that product and sum fuse.
-            added = sums[r] + widen(of_x, ACC) * widen(of_y, ACC)
-            sums = _put(sums, r, tl.where(ok_y, added, sums[r]))
-    for r in tl.static_range(len(t.reads)):
-        tap = tap_d * len(t.reads) + r
-        at = partial + (split.to(tl.int64) * kd * len(t.reads) + tap) * columns
+            ok_h = inside(oh + t.reads[r][1], h_out)
+            ok_y = ok_row & ok_h & inside(ow + t.reads[r][2], w_out)
+            of_y = _parts(
+                widen(tl.load(plane + t.reads[r][1] * y_h + t.reads[r][2] * y_w, mask=ok_y, other=0.0), ACC), t
+            )
+            for u in tl.static_range(len(t.reads[r][3])):
+                # An infinity beside the border multiplies nothing.  Selected after the sum, so that product and sum fuse.
+                added = sums[t.reads[r][3][u][1]] + widen(of_x, ACC) * of_y[t.reads[r][3][u][2]]
+                there = ok & ok_h & inside(iw * t.step_w + (t.reads[r][2] + t.reads[r][3][u][2]), w_out)
+                sums = _put(sums, t.reads[r][3][u][1], tl.where(there, added, sums[t.reads[r][3][u][1]]))
+    for r in tl.static_range(tl.constexpr(t.sums)):
+        tap = tap_d * t.sums + r
+        at = partial + (split.to(tl.int64) * kd * t.sums + tap) * columns
         if t.lanes > 1:
             total = tl.sum(sums[r].to(tl.float64), 0).to(partial.dtype.element_ty)
             tl.store(at + block * t.lanes + tl.arange(0, tl.constexpr(t.lanes)), total)

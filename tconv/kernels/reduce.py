@@ -11,18 +11,20 @@ from .common import narrow, widen
 
 
 @triton.jit
-def _sum(partial, i, size, splits, to):
-    """The sum over splits of partial[split, i], i < size, in the order of the splits, as `to` holds it."""
-    acc = tl.zeros(i.shape, tl.float64)
-    for split in range(splits):
-        acc += tl.load(partial + split * size + i, mask=i < size, other=0.0).to(tl.float64)
-    return narrow(acc, to.dtype.element_ty)
+def _sum(partial, i, size, splits, to, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over splits of partial[split, i], i < size, as `to` holds it; ROWS splits side by side."""
+    row = tl.arange(0, ROWS)[:, None]
+    acc = tl.zeros((ROWS, BLOCK), tl.float64)
+    for first in range(0, splits, ROWS):
+        there = (first + row < splits) & (i < size)[None, :]
+        acc += tl.load(partial + (first + row) * size + i[None, :], mask=there, other=0.0).to(tl.float64)
+    return narrow(tl.sum(acc, 0), to.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize="splits taps columns c_out kh kw g_i g_o g_d g_h g_w".split())
 def sum_partials(
     partial, grad, splits, taps, columns, c_out, kh, kw, g_i, g_o, g_d, g_h, g_w,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad[ci, co, kd, kh, kw] = sum over splits of partial[split, tap, ci, co]."""
     size = taps.to(tl.int64) * columns
@@ -31,15 +33,15 @@ def sum_partials(
     ci = i % columns // c_out
     co = i % c_out
     out = ci * g_i + co * g_o + tap // (kh * kw) * g_d + tap // kw % kh * g_h + tap % kw * g_w
-    tl.store(grad + out, _sum(partial, i, size, splits, grad), mask=i < size)
+    tl.store(grad + out, _sum(partial, i, size, splits, grad, ROWS, BLOCK), mask=i < size)
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
-def sum_splits(partial, total, count, splits, BLOCK: tl.constexpr):
+def sum_splits(partial, total, count, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """total[i] = sum over splits of partial[split, i], i < count."""
     size = count.to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(total + i, _sum(partial, i, size, splits, total), mask=i < size)
+    tl.store(total + i, _sum(partial, i, size, splits, total, ROWS, BLOCK), mask=i < size)
 
 
 @triton.jit(do_not_specialize="images channels pixels per_split".split())
