@@ -88,7 +88,14 @@ def column_gemm(
     for step in range(split * steps // splits, (split + 1) * steps // splits):
         c = step * BLOCK_K + k
         c_ok = c < c_src
-        a = load_tile(src, pixel, c * src_c, pixel_ok[:, None] & c_ok[None, :], SRC_LAYOUT)
+        # A plane's pixels are known to be neighbours; transposed, Triton 3.9 copies those of TF32 4 bytes at a time.
+        a = load_tile(
+            src,
+            pixel,
+            c * src_c,
+            pixel_ok[:, None] & c_ok[None, :],
+            "channels" if PLANES and PRECISION == "tf32" else SRC_LAYOUT,
+        )
         of_channel = c.to(tl.int64)[:, None] * w_s
         b = tl.load(weight + of_channel + column[None, :], mask=c_ok[:, None] & column_ok[None, :], other=0.0)
         acc = matmul(operand(a, PRECISION), operand(b, PRECISION), acc, PRECISION)

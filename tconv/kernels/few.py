@@ -162,8 +162,8 @@ def _add_channels(
             from_r = at
             if t.depth == "unrolled":
                 from_r += t.reads[r][0] * src_d
-            from_r += t.reads[r][1] * src_h + t.reads[r][2] * src_w
-            parts = _parts(widen(tl.load(from_r, mask=ok_r, other=0.0), ACC), t)
+            from_r += t.reads[r][1] * src_h
+            parts = _parts(widen(tl.load(from_r + t.reads[r][2] * src_w, mask=ok_r, other=0.0), ACC), t)
             sums = _add_products(sums, parts, of_channel, held, ACC, r, t)
     return sums
 
