@@ -70,11 +70,11 @@ def without(*families: str) -> Iterator[None]:
     """Inside, in every thread, `plan` does without some families, to measure or test the others.  An inner one replaces
     what an outer one says; threads should not have different ones at a time.
 
-    families: of "few", "columns", "long", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
+    families: of "few", "columns", "long", "patches", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
     """
     global _without
-    if unknown := [name for name in families if name not in ("few", "columns", "long", "shift", "aten")]:
-        raise ValueError(f"families: expected few, columns, long, shift or aten, got {unknown[0]!r}")
+    if unknown := [name for name in families if name not in ("few", "columns", "long", "patches", "shift", "aten")]:
+        raise ValueError(f"families: expected few, columns, long, patches, shift or aten, got {unknown[0]!r}")
     before, _without = _without, families
     try:
         yield

@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from . import columns, configs, few, long, shift
+from . import columns, configs, few, long, patches, shift
 from .configs import Target, cdiv
 from .problem import HALF, TF32_PRODUCTS, Plan, Problem
 
@@ -189,6 +189,22 @@ def _few(asked: Asked, portable: bool) -> Plan | str:
     )
 
 
+def few_outputs_gradient(asked: Asked) -> Plan | str:
+    """The patch kernel, for the weight's gradient of a layer of few output channels."""
+    p, taps = asked.problem, asked.problem.geometry.taps
+    if p.direction != "backward_weight" or p.geometry.groups > 1 or asked.without("patches"):
+        return ""
+    row, width, last = p.input_size[-1], p.c_out * taps, p.source != "width" or p.destination != "width"
+    if not patches.takes(p.c_in, p.c_out, taps, row, p.pixels, asked.how, last, p.large, asked.target):
+        return ""
+    # At TF32 in three products: torch's own choice is IEEE fp32 for such layers, unless it has to be deterministic.
+    how = "tf32x3" if asked.how == "tf32" else asked.how
+    why = f"{asked.why}: so few that all taps are one product"
+    return Plan(
+        "patches", why, how, *patches.choose(p.c_in, width, p.pixels // row, row, p.dtype in HALF, asked.target)
+    )
+
+
 def writing_weight(asked: Asked) -> Plan | str:
     """The column kernels, for a weight's gradient that is mostly writing."""
     p = asked.problem
@@ -338,6 +354,7 @@ def _gather_gemm(asked: Asked) -> tuple[configs.Config, int]:
 FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
     few_outputs,
     few_channels,
+    few_outputs_gradient,
     writing_weight,
     reading_weight,
     left_product,

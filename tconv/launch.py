@@ -14,7 +14,7 @@ from math import gcd, prod
 
 import torch
 
-from . import aten, columns, configs, few, long, record, shift
+from . import aten, columns, configs, few, long, patches, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import INTERPRET, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
@@ -232,6 +232,9 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
         if isinstance(chosen.config, columns.WeightColumns):
             _weight_columns(noted, chosen.config, chosen.splits, input, grad_output, grad_weight, geometry)
             return noted.keep(key)
+        if chosen.family == "patches":
+            _weight_patches(noted, chosen, input, grad_output, grad_weight, geometry)
+            return noted.keep(key)
         pairs = c_in * (c_out // g)
         partials = noted.workspace((chosen.splits, geometry.taps, pairs), of_partials(input.dtype), input)
         if chosen.family == "few":
@@ -366,6 +369,33 @@ def _weight_columns(
         BLOCK_M=tile.channels,
         BLOCK_N=tile.columns,
         num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        _sum_splits(noted, to, grad_weight)
+
+
+def _weight_patches(noted: Record, chosen: Plan, input, grad_output, grad_weight, geometry: Geometry) -> None:
+    """Launch the patch kernel, and what adds its parts; 1-d and 2-d layers run as 3-d ones."""
+    from .kernels.patches import patch_weight
+
+    tile, splits, kind, axes = chosen.config, chosen.splits, layout(input), geometry.axes3
+    assert isinstance(tile, patches.Patches)
+    (batch, c_in), c_out, (_, kh, kw) = input.shape[:2], grad_output.shape[1], (a.kernel for a in axes)
+    to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
+    noted.launch(
+        patch_weight, splits * cdiv(c_in, tile.channels),
+        grad_output, input, to, batch, c_in, c_out, *sizes3(input.shape[2:]), *sizes3(grad_output.shape[2:]),
+        kh, kw, geometry.taps, *axis_scalars(geometry, inverse=False)[3:], *strides5(input), *strides5(grad_output),
+        *_column_steps(grad_weight), chosen.tiles_per_split, grad_weight.numel(),
+        X_LAYOUT=kind,
+        VECTOR=vector(input, kind) if kind == "width" else 1,
+        PRECISION=chosen.precision,
+        ACC=accumulator(input.dtype),
+        BLOCK_M=tile.channels,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.pixels,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         _sum_splits(noted, to, grad_weight)

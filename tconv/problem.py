@@ -99,7 +99,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("few", "columns", "long", "shift", "gemm", "direct" or "aten"), its configuration and
+    """A decision: the kernel family ("few", "columns", "long", "patches", "shift", "gemm", "direct" or "aten"), its configuration and
     the reason."""
 
     family: str

@@ -97,7 +97,7 @@ def check(case, precision, device, channels_last=False):
     tensors = make(case, dtype, device, channels_last)
     actual = passes(TCONV[case.ndim], *tensors, **case.layer)
     plan = tconv.explain(*tensors[:3], **case.layer).passes
-    assert all(p.plan.family in ("few", "columns", "long", "gemm", "direct") for p in plan)
+    assert all(p.plan.family in ("few", "columns", "long", "patches", "gemm", "direct") for p in plan)
     exact = oracle(case.ndim, *tensors, **case.layer)
     peer = passes(ATEN[case.ndim], *tensors, **case.layer)
     rounded = oracle(case.ndim, *tensors, tf32=True, **case.layer) if precision == "tf32" else exact
@@ -115,7 +115,7 @@ def check(case, precision, device, channels_last=False):
             assert errors(a, exact[i])[1] < 1e-6, f"{what}: {errors(a, exact[i])}"
     if plan[0].plan.family in ("few", "columns", "long"):
         # Their layers must come right on the other kernels, too: of fewer or more pixels they do run there.
-        with dispatch.without("few", "columns", "long", "aten"):
+        with dispatch.without("few", "columns", "long", "patches", "aten"):
             other = TCONV[case.ndim](*tensors[:3], **case.layer)
         assert errors(other, exact[0])[1] < (1e-13 if precision == "float64" else 1e-2 if dtype.itemsize == 2 else 1e-3)
     return actual
