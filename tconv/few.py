@@ -270,14 +270,32 @@ def _choose(
     # Neighbouring rows share what they read.
     height = axes[1]
     box = _box(columns, pixels, pixels if (height.kernel, height.stride) == (1, 1) else 128)
-    steps, shape = ((1, 1, 1), strides) if forward else (strides, (1, 1, 1))
+    (phases_d, phases_h, phases_w), (step_d, step_h, step_w) = (strides, (1, 1, 1)) if forward else ((1, 1, 1), strides)
     alone = c_src == 1
-    held = alone and depth != "looped" and direction != "backward_weight" and products * channels <= HELD
     return Few(
-        reads, tuple(a.kernel for a in axes), depth, *shape, *steps, split,
-        products if direction == "backward_weight" else phases * channels, channels, lanes, VECTOR if last else 1, own, alone,
-        held, geometry.ndim == 1, unroll, block, pixels, box,
-    )  # fmt: skip
+        reads=reads,
+        kernel=tuple(a.kernel for a in axes),
+        depth=depth,
+        phases_d=phases_d,
+        phases_h=phases_h,
+        phases_w=phases_w,
+        step_d=step_d,
+        step_h=step_h,
+        step_w=step_w,
+        split=split,
+        sums=products if direction == "backward_weight" else phases * channels,
+        channels=channels,
+        lanes=lanes,
+        vector=VECTOR if last else 1,
+        own=own,
+        alone=alone,
+        held=alone and depth != "looped" and direction != "backward_weight" and products * channels <= HELD,
+        across=geometry.ndim == 1,
+        unroll=unroll,
+        block=block,
+        pixels=pixels,
+        box=box,
+    )
 
 
 def _extent(geometry: Geometry, batch: int, size, forward: bool) -> tuple[int, int]:

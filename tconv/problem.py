@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from . import columns, few, long, shift
+from . import columns, few, long, patches, shift
 from .configs import Config, Target
 from .geometry import Geometry
 
@@ -112,6 +112,7 @@ class Plan:
         | columns.WeightColumns
         | long.Phases
         | long.InputColumns
+        | patches.Patches
         | shift.Shift
         | None
     ) = None
