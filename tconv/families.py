@@ -35,13 +35,12 @@ class Asked:
 # groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
 # and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32); and products
 # of contiguous matrices: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
-# to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32); and FSRCNN's (56 to 1 channel, k9) at TF32, 1.06 to 1.37 over the column kernels,
-# which are the quickest of tconv's; and many images of at most 6x6 pixels in channels_last whose taps overlap, since a tile has
-# zeros between them: DreamerV3's 4x4 1.5 and 1.6, Wav2Lip's 6x6 and 3x3 0.98 and 0.93 in bf16, 1.25 and 1.1 at TF32, DCGAN's 4x4
-# 1.0 (8x8 0.8 to 1.05, and 0.5 for SimpleBaseline's long sums at TF32).
+# to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32);
+# and many images of at most 6x6 pixels in channels_last whose taps overlap, since a tile has zeros between them: DreamerV3's 4x4
+# 1.5 and 1.6, Wav2Lip's 6x6 1.0 in bf16 and 1.25 at TF32 (its 3x3 and DCGAN's 4x4, of 1152 and 1024 pixels, 0.8 to 1.1; 8x8 0.8 to
+# 1.05, and 0.5 for SimpleBaseline's long sums at TF32).
 LEFT = {
     "groups": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
-    "few": "cuDNN measured up to 1.4 times faster with so many taps on an H200",
     "images": "cuDNN measured up to 1.6 times faster with images so small in channels_last on an H200",
     "product": "cuDNN measured up to 1.6 times faster with a kernel of 1 on contiguous tensors on an H200",
     "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
@@ -56,8 +55,7 @@ LEFT_READ = 64  # products for each element of an output's gradient
 # With fewer channels, at TF32, cuDNN takes contiguous tensors as they lie in less time than copies and channels_last take: over
 # kernelbench's weights' gradients 0.6 to 1.0 times theirs, from 64 on 0.83 to 1.3.
 LEFT_CHANNELS = 64
-MOST_STRIDE = 4  # that was measured of few outputs with many taps
-SMALL_IMAGE, MANY_PIXELS = 36, 1024  # pixels of an image, and of a batch that fills a GPU
+SMALL_IMAGE, MANY_PIXELS = 36, 4096  # pixels of an image, and of a batch that fills a GPU
 
 
 def _may_leave(asked: Asked) -> bool:
@@ -143,9 +141,6 @@ def few_outputs(asked: Asked) -> Plan | str:
     p, geometry = asked.problem, asked.problem.geometry
     if p.direction != "forward" or geometry.groups > 1 or asked.without("columns"):
         return ""
-    many = geometry.ndim == 2 and geometry.taps >= columns.MANY_TAPS and max(geometry.stride) <= MOST_STRIDE
-    if p.c_out <= columns.FEW_OUT and many and asked.how == "tf32" and _may_leave(asked):
-        return Plan("aten", LEFT["few"])
     sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
     tile = columns.of_few(*sizes, asked.how, p.large, p.weight, p.destination != "width", asked.target)
     return Plan("columns", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""

@@ -48,6 +48,7 @@ CODE = 64  # products of an input pixel, up to which several input channels are 
 PROGRAMS, LARGE_PROGRAMS = 3, 1.5
 SHORT_PROGRAMS = 0.5  # and where there are few source channels
 WARP, WARPS = 32, 4
+REGISTERS = 168  # of a thread of sums in blocks
 # Tiles of a program that has one source channel, which share its beginning and its weights, and programs a multiprocessor that
 # there are then at least.  Its beginning, mostly divisions, was half of what a tile's thread did: 4 x 768 x 1034, k12 s2 took
 # 36 us with one tile and 21 with 6 (H200).  With one read a pixel, many source channels or a loop over the depth's taps, one
@@ -93,8 +94,9 @@ class Few:
     vector: int  # of the lanes, how many a thread has
     own: bool  # whether each lane has a source channel of its own, as in depthwise layers
     alone: bool  # whether a group has one source channel
-    held: bool  # whether a program loads the weights once, for all its tiles
-    across: bool  # whether those tiles lie along the width rather than one below the other
+    held: bool  # whether a program loads the weights once, at its beginning
+    several: bool  # whether a program has several tiles
+    across: bool  # whether they lie along the width rather than one below the other
     unroll: int  # source channels
     block: int  # source channels whose products are added up before they are added to the rest; 0: all
     pixels: int
@@ -290,6 +292,7 @@ def _choose(
         own=own,
         alone=alone,
         held=alone and depth != "looped" and direction != "backward_weight" and products * channels <= HELD,
+        several=alone and depth != "looped" and len(reads) > 1,
         across=geometry.ndim == 1,
         unroll=unroll,
         block=block,
@@ -324,7 +327,7 @@ def grid(
         shared, others = others, shared
     others *= geometry.groups * c_dst // (tile.channels * tile.lanes)
     others *= min(geometry.axes3[0].stride, sizes3(geometry.output_size(size))[0]) if looped else 1
-    most = MOST_TILES if tile.alone and tile.depth != "looped" and len(tile.reads) > 1 else 1
+    most = MOST_TILES if tile.several else 1
     each = max(1, min(most, shared * others // max(1, LEAST_WAVES * processors)))
     parts = cdiv(shared, each)
     return others * parts, parts, cdiv(shared, parts)

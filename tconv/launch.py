@@ -658,8 +658,8 @@ def gather_few(
     tile, depth = chosen.config, geometry.axes3[0]
     assert isinstance(tile, few.Few)
     size = (source if is_forward else destination).shape[2:]
-    processors = target_of(source.device).processors
-    programs, parts, per_part = few.grid(tile, geometry, source.shape[0], c_dst, size, is_forward, processors)
+    target = target_of(source.device)
+    programs, parts, per_part = few.grid(tile, geometry, source.shape[0], c_dst, size, is_forward, target.processors)
     if (lanes := tile.lanes) > 1:  # as [block of lanes, tap, source channel, lane]
         w_t = w_i if g > 1 else w_t  # a group has one channel
         g, c_dst = 1, c_dst * g
@@ -686,6 +686,8 @@ def gather_few(
         ACC=accumulator(source.dtype),
         t=tile,
         num_warps=few.WARPS,
+        # Sums in blocks have twice the registers; with 168 three programs run on a multiprocessor, with more two.
+        **({"maxnreg": few.REGISTERS} if tile.block and target.backend == "cuda" else {}),
     )  # fmt: skip
 
 

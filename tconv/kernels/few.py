@@ -141,30 +141,48 @@ def _weight(weight, TAP: tl.constexpr, CO: tl.constexpr, t: tl.constexpr):
 
 
 @triton.jit
-def _add_channels(
-    sums, src, weight, held, c, ok, id0, ih, iw, d_src, h_src, w_src, src_c, src_d, src_h, src_w, w_s,
-    ACC: tl.constexpr, t: tl.constexpr,
-):  # fmt: skip
-    """Add the products of t.unroll source channels from c on; where the depth's taps are looped over, src and weight are those
-    of one of them, and ok says whether it is inside."""
+def _add_channels(sums, src, weight, held, c, ok, at, size, steps, w_s, ACC: tl.constexpr, t: tl.constexpr):
+    """Add the products of t.unroll source channels from c on.
+
+    at: where the pixels are, and size: how many there are, along depth, height and width; steps: the source's strides along
+    channels, depth, height and width.  Where the depth's taps are looped over, src and weight are those of one of them, and
+    ok says whether it is inside.
+    """
     for u in tl.static_range(tl.constexpr(t.unroll)):
-        at = src
-        of_channel = weight
+        of_channel = src
+        weights = weight
         if not t.alone:
-            of_channel += (c + u) * w_s.to(tl.int64)
-            at += (c + u) * src_c
+            weights += (c + u) * w_s.to(tl.int64)
+            of_channel += (c + u) * steps[0]
         for r in tl.static_range(len(t.reads)):
             ok_r = ok
+            from_r = of_channel
             if t.depth == "unrolled":
-                ok_r = ok_r & inside(id0 + t.reads[r][0], d_src)
-            ok_r = ok_r & inside(ih + t.reads[r][1], h_src) & inside(iw + t.reads[r][2], w_src)
+                ok_r = ok_r & inside(at[0] + t.reads[r][0], size[0])
+                from_r += t.reads[r][0] * steps[1]
+            ok_r = ok_r & inside(at[1] + t.reads[r][1], size[1]) & inside(at[2] + t.reads[r][2], size[2])
             # The width's part last: it is then a constant of the load.
-            from_r = at
-            if t.depth == "unrolled":
-                from_r += t.reads[r][0] * src_d
-            from_r += t.reads[r][1] * src_h
-            parts = _parts(widen(tl.load(from_r + t.reads[r][2] * src_w, mask=ok_r, other=0.0), ACC), t)
-            sums = _add_products(sums, parts, of_channel, held, ACC, r, t)
+            from_r += t.reads[r][1] * steps[2]
+            parts = _parts(widen(tl.load(from_r + t.reads[r][2] * steps[3], mask=ok_r, other=0.0), ACC), t)
+            sums = _add_products(sums, parts, weights, held, ACC, r, t)
+    return sums
+
+
+@triton.jit
+def _add_all(sums, src, weight, held, ok, at, size, steps, c_src, w_s, ACC: tl.constexpr, t: tl.constexpr):
+    """_add_channels of all source channels, in blocks where t.block says so."""
+    if t.alone:
+        sums = _add_channels(sums, src, weight, held, 0, ok, at, size, steps, w_s, ACC, t)
+    elif t.block:
+        for first in range(0, c_src, t.block):
+            in_block = _zeros(ACC, t.sums, t)
+            for c in range(first, tl.minimum(first + t.block, c_src), t.unroll):
+                in_block = _add_channels(in_block, src, weight, held, c, ok, at, size, steps, w_s, ACC, t)
+            for i in tl.static_range(tl.constexpr(t.sums)):
+                sums = _add(sums, i, in_block[i])
+    else:
+        for c in range(0, c_src, t.unroll):
+            sums = _add_channels(sums, src, weight, held, c, ok, at, size, steps, w_s, ACC, t)
     return sums
 
 
@@ -192,6 +210,66 @@ def _joined(sums, FIRST: tl.constexpr, t: tl.constexpr, WIDTH: tl.constexpr, STE
         return tl.join(even, odd).reshape([t.pixels // t.box, t.box * WIDTH])
 
 
+@triton.jit
+def _gather_tile(
+    src, weights, held, bias, dst, tile_r, tile_w, quotient, size, src_n, steps, source, c_src, dst_size, dst_steps,
+    to, w_s, of_depth, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
+):  # fmt: skip
+    """All that a tile's pixels are for.
+
+    quotient: how many rows there are, and how many of them along depth and height, of one phase.  source and to: offsets of
+    the channels; of_depth: what a loop over the depth's taps needs.
+    """
+    rows, q_d, q_h = quotient
+    row, qw = _pixels(tile_r, tile_w, t)
+    n, qd, qh = _split_row(row, q_d, q_h, t)
+    row_ok = row < rows
+    ih = qh * t.step_h
+    iw = _columns(tile_w, qw, t)
+    pixel = n * src_n + ih * steps[2] + iw * steps[3] + source
+    sums = _zeros(ACC, t.sums, t)
+    if t.depth == "looped":
+        phases_d, phase_d, first, tap_step, count, offset, step, multiple, w_d = of_depth
+        od0 = qd * phases_d + phase_d
+        id0 = qd * multiple + offset
+        for j in range(count):
+            ok = row_ok & inside(id0 + j * step, size[0])
+            plane = src + (pixel + (id0 + j * step) * steps[1])
+            of_tap = weights + w_d.to(tl.int64) * (first + j * tap_step)
+            sums = _add_all(sums, plane, of_tap, held, ok, (id0, ih, iw), size, steps, c_src, w_s, ACC, t)
+    else:
+        od0 = qd * t.phases_d
+        id0 = qd * t.step_d
+        if t.depth == "unrolled":
+            pixel += id0 * steps[1]
+        sums = _add_all(sums, src + pixel, weights, held, row_ok, (id0, ih, iw), size, steps, c_src, w_s, ACC, t)
+
+    if HAS_BIAS:  # behind the sums, whose registers they would take
+        biases = _biases(bias + to, ACC, t.channels)
+    W: tl.constexpr = t.phases_w if t.lanes == 1 and t.phases_w & (t.phases_w - 1) == 0 else 1  # side by side
+    for ad in tl.static_range(tl.constexpr(t.phases_d)):
+        out = n * dst_steps[0] + to * dst_steps[1]
+        out_ok = row_ok
+        if t.depth != "none":
+            out += (od0 + ad) * dst_steps[2]
+            out_ok = out_ok & (od0 + ad < dst_size[0])
+        for ah in tl.static_range(tl.constexpr(t.phases_h)):
+            oh = qh * t.phases_h + ah
+            for aw in tl.static_range(tl.constexpr(t.phases_w // W)):
+                for c in tl.static_range(tl.constexpr(t.channels)):
+                    if W == 1:
+                        ow = qw * t.phases_w + aw
+                        v = sums[((ad * t.phases_h + ah) * t.phases_w + aw) * t.channels + c]
+                    else:
+                        ow = tile_w * (t.box * W) + tl.arange(0, tl.constexpr(t.box * W))[None, :]
+                        v = _joined(sums, ((ad * t.phases_h + ah) * t.phases_w + aw) * t.channels + c, t, W, 1)
+                    ok = out_ok & (oh < dst_size[1]) & (ow < dst_size[2])
+                    if HAS_BIAS:
+                        v += biases[c]
+                    at = out + oh * dst_steps[3] + ow * dst_steps[4] + c * dst_steps[1]
+                    tl.store(dst + at, v.to(dst.dtype.element_ty), mask=ok)
+
+
 @triton.jit(repr=_name("tconv_few", "src"), do_not_specialize=GATHER)
 def gather_few(
     src, weight, bias, dst,
@@ -204,8 +282,8 @@ def gather_few(
 
     c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d: the
     weight's strides along group (or block of lanes), source channel and depth.  A program does per_part tiles, one
-    below the other or one after the other along the width, of `parts` such parts.  SRC_VECTOR and DST_VECTOR divide the strides and the width of a tensor along whose
-    width neighbours lie.
+    below the other or one after the other along the width, of `parts` such parts.  SRC_VECTOR and DST_VECTOR divide the
+    strides and the width of a tensor along whose width neighbours lie.
     """
     if t.lanes > 1:
         if t.own:
@@ -263,106 +341,28 @@ def gather_few(
     held = ()
     if t.held:
         held = _held(weights, ACC, 0, t.kernel[0] * t.kernel[1] * t.kernel[2] * t.channels, t)
-    if HAS_BIAS:
-        biases = _biases(bias + to, ACC, t.channels)
 
-    W: tl.constexpr = t.phases_w if t.lanes == 1 and t.phases_w & (t.phases_w - 1) == 0 else 1  # side by side
-    for tile in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
-        tile_r, tile_w = (this, tile) if t.across else (tile, this)
-        row, qw = _pixels(tile_r, tile_w, t)
-        n, qd, qh = _split_row(row, q_d, q_h, t)
-        row_ok = row < rows
-        ih = qh * t.step_h
-        iw = _columns(tile_w, qw, t)
-        pixel = n * src_n + ih * src_h + iw * src_w + source
-        sums = _zeros(ACC, t.sums, t)
-        if t.depth == "looped":
-            id0 = qd * (1 if FORWARD else strided) + off_d
-            for jd in range(count_d):
-                ok = row_ok & inside(id0 + jd * step_d, d_src)
-                plane = src + (pixel + (id0 + jd * step_d) * src_d)
-                of_tap = weights + w_d.to(tl.int64) * (first_d + jd * tap_step_d)
-                sums = _add_all(
-                    sums, plane, of_tap, held, ok, id0, ih, iw, d_src, h_src, w_src, c_src, src_c, src_d, src_h, src_w,
-                    w_s, ACC, t,
-                )  # fmt: skip
-        else:
-            id0 = qd * t.step_d
-            if t.depth == "unrolled":
-                pixel += id0 * src_d
-            sums = _add_all(
-                sums, src + pixel, weights, held, row_ok, id0, ih, iw, d_src, h_src, w_src, c_src, src_c, src_d, src_h,
-                src_w, w_s, ACC, t,
+    quotient = (rows, q_d, q_h)
+    size = (d_src, h_src, w_src)
+    steps = (src_c, src_d, src_h, src_w)
+    dst_size = (d_dst, h_dst, w_dst)
+    dst_steps = (dst_n, dst_c, dst_d, dst_h, dst_w)
+    of_depth = ()
+    if t.depth == "looped":
+        of_depth = (phases_d, phase_d, first_d, tap_step_d, count_d, off_d, step_d, 1 if FORWARD else strided, w_d)
+    if t.several:
+        for tile in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
+            tile_r, tile_w = (this, tile) if t.across else (tile, this)
+            _gather_tile(
+                src, weights, held, bias, dst, tile_r, tile_w, quotient, size, src_n, steps, source, c_src, dst_size, dst_steps,
+                to, w_s, of_depth, HAS_BIAS, ACC, t,
             )  # fmt: skip
-
-        for ad in tl.static_range(tl.constexpr(t.phases_d)):
-            od = qd * phases_d + phase_d + ad
-            out = n * dst_n + to * dst_c
-            out_ok = row_ok
-            if t.depth != "none":
-                out += od * dst_d
-                out_ok = out_ok & (od < d_dst)
-            for ah in tl.static_range(tl.constexpr(t.phases_h)):
-                oh = qh * t.phases_h + ah
-                for aw in tl.static_range(tl.constexpr(t.phases_w // W)):
-                    for c in tl.static_range(tl.constexpr(t.channels)):
-                        if W == 1:
-                            ow = qw * t.phases_w + aw
-                            v = sums[((ad * t.phases_h + ah) * t.phases_w + aw) * t.channels + c]
-                        else:
-                            ow = tile_w * (t.box * W) + tl.arange(0, tl.constexpr(t.box * W))[None, :]
-                            v = _joined(sums, ((ad * t.phases_h + ah) * t.phases_w + aw) * t.channels + c, t, W, 1)
-                        ok = out_ok & (oh < h_dst) & (ow < w_dst)
-                        if HAS_BIAS:
-                            v += biases[c]
-                        at = out + oh * dst_h + ow * dst_w + c * dst_c
-                        tl.store(dst + at, v.to(dst.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _add_all(
-    sums, src, weight, held, ok, id0, ih, iw, d_src, h_src, w_src, c_src, src_c, src_d, src_h, src_w, w_s,
-    ACC: tl.constexpr, t: tl.constexpr,
-):  # fmt: skip
-    """_add_channels of all source channels, in blocks where t.block says so."""
-    if t.alone:
-        sums = _add_channels(
-            sums, src, weight, held, 0, ok, id0, ih, iw, d_src, h_src, w_src, src_c, src_d, src_h, src_w, w_s, ACC, t
-        )
-    elif t.block:
-        for first in range(0, c_src, t.block):
-            in_block = _zeros(ACC, t.sums, t)
-            for c in range(first, tl.minimum(first + t.block, c_src), t.unroll):
-                in_block = _add_channels(
-                    in_block, src, weight, held, c, ok, id0, ih, iw, d_src, h_src, w_src, src_c, src_d, src_h, src_w, w_s,
-                    ACC, t,
-                )  # fmt: skip
-            for i in tl.static_range(tl.constexpr(t.sums)):
-                sums = _add(sums, i, in_block[i])
-    else:
-        for c in range(0, c_src, t.unroll):
-            sums = _add_channels(
-                sums,
-                src,
-                weight,
-                held,
-                c,
-                ok,
-                id0,
-                ih,
-                iw,
-                d_src,
-                h_src,
-                w_src,
-                src_c,
-                src_d,
-                src_h,
-                src_w,
-                w_s,
-                ACC,
-                t,
-            )
-    return sums
+    else:  # without the loop's registers
+        tile_r, tile_w = (this, part) if t.across else (part, this)
+        _gather_tile(
+            src, weights, held, bias, dst, tile_r, tile_w, quotient, size, src_n, steps, source, c_src, dst_size, dst_steps,
+            to, w_s, of_depth, HAS_BIAS, ACC, t,
+        )  # fmt: skip
 
 
 @triton.jit(repr=_name("tconv_few_backward_weight", "x"), do_not_specialize=WEIGHT)
