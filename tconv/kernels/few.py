@@ -349,7 +349,7 @@ def gather_few(
     dst_steps = (dst_n, dst_c, dst_d, dst_h, dst_w)
     of_depth = ()
     if t.depth == "looped":
-        of_depth = (phases_d, phase_d, first_d, tap_step_d, count_d, off_d, step_d, 1 if FORWARD else strided, w_d)
+        of_depth = (phases_d, phase_d, first_d, tap_step_d, count_d, off_d, step_d, 1 if FORWARD else strided, w_d)  # type: ignore[assignment]
     if t.several:
         for tile in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
             tile_r, tile_w = (this, tile) if t.across else (tile, this)
