@@ -108,7 +108,9 @@ def left_gradient(asked: Asked) -> Plan | str:
         return ""
     half, piece = p.dtype in HALF, 16 // p.dtype.itemsize
     vectors = p.c_in % piece == p.c_out % piece == 0
-    arranged = p.source == p.destination == "width" and p.dense and vectors and not p.is_direct
+    # Of one tap cuDNN multiplies contiguous matrices as they lie (k1 of SECOND, CenterPoint and BEVFusion: copies took 2 to 3 times as
+    # long, in both gradients).
+    arranged = p.source == p.destination == "width" and p.dense and vectors and not p.is_direct and p.geometry.taps > 1
     arranged = arranged and (half or min(p.channels) >= LEFT_CHANNELS)
     if p.direction == "backward_input":
         # With TF32 allowed cuDNN decides where to use it, as it does for torch; but its choice for torch is fp32 for long sums.

@@ -28,9 +28,8 @@ FEW_OUT_PORTABLE = {"half": 5, "widen": 5, "tf32": 8, "tf32x3": 8, "ieee": 64}
 # backward_input: 16 to 3 channels (k3 s2, 3-d) took half of cuDNN's time, 3 to 64 (k4 s2) twice as long and more.
 MOST_IN, MOST_SRC = 4, 32
 MOST_SUMS = 32  # a pixel: registers
-# Products of a pixel, unrolled: code.  A gradient reads a pixel for each; 36 sums of a weight's gradient take 3 s to compile,
-# 64 take minutes.
-MOST_PRODUCTS = {"forward": 256, "backward_input": 100, "backward_weight": 36}
+# Products of a pixel, unrolled: code.  A gradient reads a pixel for each; 64 sums of a weight's gradient take 3 s to compile.
+MOST_PRODUCTS = {"forward": 256, "backward_input": 100, "backward_weight": 64}
 MOST_LANES = 64
 # Of a thread: its loads of weights serve several pixels, as far as there are registers.
 SUMS, READS = 64, 108

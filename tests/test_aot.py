@@ -106,6 +106,7 @@ LAYERS = {
     "depthwise-bf16-ncdhw": (layer(64, 64, 5, (32, 32, 32), 2, stride=2, padding=2, groups=64), BF16, FIRST, True),
     "depthwise-fp32-ndhwc": (layer(64, 64, 5, (32, 32, 32), 2, stride=2, padding=2, groups=64), FP32, LAST, True),
     "antialias-fp16": (layer(192, 192, 12, (8202,), 4, stride=2, groups=192), FP16, FIRST, True),
+    "upsample-bf16-nchw": (layer(64, 64, 8, (32, 32), 16, stride=4, padding=2, groups=64), BF16, FIRST, True),
     "bilinear-bf16-nchw": (layer(21, 21, 64, (16, 16), 1, stride=32, padding=16, groups=21), BF16, FIRST, True),
     "bilinear-fp32-nhwc": (layer(21, 21, 64, (16, 16), 1, stride=32, padding=16, groups=21), FP32, LAST, True),
     "few-tf32-nchw": (layer(192, 3, 5, (256, 384), 1, stride=2, padding=2, output_padding=1), FP32, FIRST, True),

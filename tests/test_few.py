@@ -117,6 +117,25 @@ def test_long_sums_in_fp32(c_in, kernel, stride, tf32, device):
         assert errors(tconv.conv_transpose2d(x, w, stride=stride), exact)[1] < 1.7e-7
 
 
+@pytest.mark.parametrize(
+    "kernel, stride, width",
+    [(8, 4, 6), (4, 2, 7), (3, 2, 7), (6, 3, 5)],
+    ids=("k8 s4", "k4 s2", "k3 s2 odd", "k6 s3"),
+)
+def test_gradients_read_a_stride_apart(kernel, stride, width, device):
+    """In runs whose parts are sorted, or, of a width that the stride does not divide or another stride, one by one."""
+    if device != "cpu":
+        pytest.skip("so small a layer runs elsewhere there")
+    x, w = torch.randn(2, 3, 4, width, dtype=torch.float64), torch.randn(3, 1, kernel, kernel, dtype=torch.float64)
+    options = dict(stride=stride, padding=1, groups=3)
+    expected = passes(ATEN[2], x, w, None, grad := torch.randn_like(ATEN[2](x, w, **options)), **options)
+    told = [each.plan for each in tconv.explain(x, w, **options).passes]
+    split = stride if expected[0].shape[-1] % stride == 0 and stride in few.SPLITS else 1
+    assert [(plan.family, plan.config.split) for plan in told[1:3]] == [("few", split)] * 2
+    for ours, exact in zip(passes(TCONV[2], x, w, None, grad, **options), expected, strict=True):
+        assert errors(ours, exact)[1] < 1e-13
+
+
 def chosen(c_in, c_out, kernel, size, batch, half=True, last=False, direction="forward", portable=False, **options):
     *_, geometry = layer(c_in, c_out, kernel, size, batch, **options)
     channels = c_in // geometry.groups, c_out // geometry.groups
@@ -222,6 +241,7 @@ def test_which(c_in, c_out, how, options, why):
         ((64, 128, 3, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
         ((48, 1, 8, (64084,), 8), dict(stride=4)),
         ((96, 96, 12, (8202,), 4), dict(stride=2, padding=5, groups=96)),
+        ((64, 64, 6, (32, 33), 16), dict(stride=2, padding=2, groups=64)),
         ((3, 16, 3, (16, 32, 32), 16), dict(stride=2, padding=1)),
         ((32, 64, 3, (64, 96), 4), dict(stride=(2, 3), padding=1, groups=4)),
         ((64, 3, 3, (200, 200), 4), dict(dilation=2)),
