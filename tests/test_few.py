@@ -241,7 +241,7 @@ def test_which(c_in, c_out, how, options, why):
         ((64, 128, 3, (17, 20, 21), 4), dict(stride=2, padding=2, groups=64)),
         ((48, 1, 8, (64084,), 8), dict(stride=4)),
         ((96, 96, 12, (8202,), 4), dict(stride=2, padding=5, groups=96)),
-        ((64, 64, 6, (32, 33), 16), dict(stride=2, padding=2, groups=64)),
+        ((64, 64, 4, (32, 32), 16), dict(stride=2, padding=1, groups=64)),
         ((3, 16, 3, (16, 32, 32), 16), dict(stride=2, padding=1)),
         ((32, 64, 3, (64, 96), 4), dict(stride=(2, 3), padding=1, groups=4)),
         ((64, 3, 3, (200, 200), 4), dict(dilation=2)),
