@@ -35,10 +35,10 @@ class Asked:
 # groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
 # and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32); and products
 # of contiguous matrices: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
-# to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32);
-# and many images of at most 6x6 pixels in channels_last whose taps overlap, since a tile has zeros between them: DreamerV3's 4x4
-# 1.5 and 1.6, Wav2Lip's 6x6 1.0 in bf16 and 1.25 at TF32 (its 3x3 and DCGAN's 4x4, of 1152 and 1024 pixels, 0.8 to 1.1; 8x8 0.8 to
-# 1.05, and 0.5 for SimpleBaseline's long sums at TF32).
+# to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32); and many images of at most 6x6 pixels in
+# channels_last whose taps overlap, since a tile has zeros between them: DreamerV3's 4x4 1.5 and 1.6, Wav2Lip's 6x6 1.0 in bf16 and
+# 1.25 at TF32 (its 3x3 and DCGAN's 4x4, of 1152 and 1024 pixels, 0.8 to 1.1; 8x8 0.8 to 1.05, and 0.5 for SimpleBaseline's long sums
+# at TF32).  Not FSRCNN's (56 to 1 channel, k9) at TF32, although torch is faster: what is deterministic took up to six times as long.
 LEFT = {
     "groups": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
     "images": "cuDNN measured up to 1.6 times faster with images so small in channels_last on an H200",
@@ -62,12 +62,18 @@ def _may_leave(asked: Asked) -> bool:
     return asked.target.backend == "cuda" and not asked.without("aten") and not asked.problem.large
 
 
+def _one_product(p: Problem) -> bool:
+    """Whether a pass multiplies two matrices."""
+    g = p.geometry
+    return g.groups == g.taps == max(g.stride) == 1 and not any(g.padding)
+
+
 def left_product(asked: Asked) -> Plan | str:
     """Forward passes that multiply two matrices as they lie are left to aten."""
-    p, g = asked.problem, asked.problem.geometry
-    if not _may_leave(asked) or p.direction != "forward" or g.groups > 1:
+    p = asked.problem
+    if not _may_leave(asked) or p.direction != "forward" or not _one_product(p):
         return ""
-    if g.taps > 1 or max(g.stride) > 1 or any(g.padding) or not (p.source == p.destination == "width" and p.dense):
+    if not (p.source == p.destination == "width" and p.dense):
         return ""
     left = min(p.channels) >= shift.WIDE and (p.dtype in HALF or asked.how == "tf32")
     return Plan("aten", LEFT["product"]) if left else ""
@@ -108,9 +114,10 @@ def left_gradient(asked: Asked) -> Plan | str:
         return ""
     half, piece = p.dtype in HALF, 16 // p.dtype.itemsize
     vectors = p.c_in % piece == p.c_out % piece == 0
-    # Of one tap cuDNN multiplies contiguous matrices as they lie (k1 of SECOND, CenterPoint and BEVFusion: copies took 2 to 3 times as
-    # long, in both gradients).
-    arranged = p.source == p.destination == "width" and p.dense and vectors and not p.is_direct and p.geometry.taps > 1
+    arranged = p.source == p.destination == "width" and p.dense and vectors and not p.is_direct
+    # cuDNN multiplies contiguous matrices as they lie (k1 of SECOND, CenterPoint and BEVFusion: copies took 2 to 3 times as long, in
+    # both gradients; at TF32 it truncates the weight's, as torch's users have it).
+    arranged = arranged and not _one_product(p)
     arranged = arranged and (half or min(p.channels) >= LEFT_CHANNELS)
     if p.direction == "backward_input":
         # With TF32 allowed cuDNN decides where to use it, as it does for torch; but its choice for torch is fp32 for long sums.
@@ -188,17 +195,15 @@ def _few(asked: Asked, portable: bool) -> Plan | str:
 
 def few_outputs_gradient(asked: Asked) -> Plan | str:
     """The patch kernel, for the weight's gradient of a layer of few output channels."""
-    p, taps = asked.problem, asked.problem.geometry.taps
-    if p.direction != "backward_weight" or p.geometry.groups > 1 or asked.without("patches"):
-        return ""
-    row, width, last = p.input_size[-1], p.c_out * taps, p.source != "width" or p.destination != "width"
-    if not patches.takes(p.c_in, p.c_out, taps, row, p.pixels, asked.how, last, p.large, asked.target):
+    p = asked.problem
+    if asked.without("patches") or not patches.takes(p, asked.how, asked.target):
         return ""
     # At TF32 in three products: torch's own choice is IEEE fp32 for such layers, unless it has to be deterministic.
     how = "tf32x3" if asked.how == "tf32" else asked.how
+    row, columns = p.input_size[-1], p.c_out * p.geometry.taps
     why = f"{asked.why}: so few that all taps are one product"
     return Plan(
-        "patches", why, how, *patches.choose(p.c_in, width, p.pixels // row, row, p.dtype in HALF, asked.target)
+        "patches", why, how, *patches.choose(p.c_in, columns, p.pixels // row, row, p.dtype in HALF, asked.target)
     )
 
 
@@ -236,7 +241,7 @@ def reading_weight(asked: Asked) -> Plan | str:
     quicker = isinstance(choice, shift.Choice) and choice.time(weight) < columns.measured(
         time, p.pixels, p.dtype.itemsize
     )
-    if quicker and left_product(asked) == left_images(asked) == "":  # which are asked before the shift kernel
+    if quicker and not (left_product(asked) or left_images(asked)):  # which are asked before the shift kernel
         return "the shift kernel is quicker than reading the weight"
     return Plan("columns", f"{asked.why}: reading the weight takes the time", asked.how, tile, splits)
 

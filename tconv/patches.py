@@ -17,8 +17,8 @@ from .configs import Target, cdiv, power_of_two, splits
 FEW_OUT, FEW_COLUMNS = 3, 48
 FEW_OUT_LAST, FEW_COLUMNS_LAST = 2, 32
 MOST_COLUMNS = 128
-# Pixels of a row, and of the input's whole batch, by whether they have 16 bits: there cuDNN is faster with fewer; in fp32 what it
-# has for so few is truncated, or not the same from run to run.
+# Pixels of a row, and of the input's whole batch, by whether they have 16 bits: there cuDNN is faster with fewer.  In fp32 it is,
+# too, in some of these layers (8x597x48x56 to 2 in channels_last by a tenth), but with TF32's error, or not the same from run to run.
 LEAST_WIDTH, LEAST_PIXELS = {True: 12, False: 5}, {True: 1 << 12, False: 256}
 MANY_CHANNELS = 256  # of the input, beyond which there are enough tiles of half as many
 
@@ -40,22 +40,22 @@ class Patches:
         )
 
 
-def takes(
-    c_in: int, c_out: int, taps: int, width: int, pixels: int, how: str, last: bool, large: bool, target: Target
-) -> bool:
-    """Whether the kernel takes the gradient of a weight without groups.  width: of a row of the input, whose whole batch has
-    so many pixels; how: the precision; last: whether either tensor is channels_last."""
-    columns, half = c_out * taps, how == "half"
-    if large or taps == 1 or c_in < LEAST_CHANNELS or columns > MOST_COLUMNS:
+def takes(problem, how: str, target: Target) -> bool:
+    """Whether the kernel takes a problem (problem.Problem) at a precision."""
+    p, taps = problem, problem.geometry.taps
+    columns, half = p.c_out * taps, how == "half"
+    if p.direction != "backward_weight" or p.geometry.groups > 1 or p.large or taps == 1:
+        return False
+    if p.c_in < LEAST_CHANNELS or columns > MOST_COLUMNS:
         return False
     if target.backend == "interpreter":  # which has no tensor core to keep busy
-        return c_out <= FEW_OUT
-    if last and not half:
-        fits = c_out <= FEW_OUT_LAST and columns <= FEW_COLUMNS_LAST
+        return p.c_out <= FEW_OUT
+    if half or p.source == p.destination == "width":
+        fits = p.c_out <= FEW_OUT and (columns <= FEW_COLUMNS or (half and p.c_out == 1))
     else:
-        fits = c_out <= FEW_OUT and (columns <= FEW_COLUMNS or (half and c_out == 1))
-    fills = width >= LEAST_WIDTH[half] and pixels >= LEAST_PIXELS[half]
-    return fits and fills and how in ("half", "tf32", "tf32x3")
+        fits = p.c_out <= FEW_OUT_LAST and columns <= FEW_COLUMNS_LAST
+    fills = p.input_size[-1] >= LEAST_WIDTH[half] and p.pixels >= LEAST_PIXELS[half]
+    return fits and fills and target.backend == "cuda" and how in ("half", "tf32", "tf32x3")
 
 
 def choose(c_in: int, columns: int, rows: int, width: int, half: bool, target: Target) -> tuple[Patches, int, int]:

@@ -37,8 +37,8 @@ KERNELS = {
     "shift": ("shift",),
     "copies": ("arrange",),
 }
-# Kernels that a target does not run: gradients are left to cuDNN alone.
-ELSEWHERE = {"sm_90": set(), "gfx942": {"shift", "arrange"}}
+# Kernels that a target does not run: gradients are left to cuDNN alone, and AMD's compiler has no product in three parts.
+ELSEWHERE = {"sm_90": set(), "gfx942": {"shift", "arrange", "patch_weight"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Tiles for sm_80 also serve sm_86 and sm_89.
 TARGETS = {
     "sm_80": (Target("cuda", 80, 108), ("cuda", "80"), 99 * 1024),
@@ -165,7 +165,9 @@ class Recorder:
 
     def launch(self, *args, **constants):
         options = {
-            k: constants.pop(k) for k in ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion") if k in constants
+            k: constants.pop(k)
+            for k in ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion", "maxnreg")
+            if k in constants
         }
         assert options["enable_fp_fusion"]  # or Triton 3.9 warns the user, and 3.10 splits multiply-adds
         if "ACC" in constants:

@@ -67,7 +67,7 @@ def test_random_layers(seed, last, device, ieee, monkeypatch):
     """All three passes; on a GPU, too, on layers so small that they would run elsewhere."""
     if (layer := drawn(seed, last)) is None:
         pytest.skip("no output")
-    for least in ("PROGRAMS", "LARGE_PROGRAMS", "SHORT_PROGRAMS", "LEAST_WAVES"):  # and several tiles a program
+    for least in ("PROGRAMS", "LARGE_PROGRAMS", "SHORT_PROGRAMS", "LEAST_WAVES"):
         monkeypatch.setattr(few, least, 0)
     few.choose.cache_clear()
     dispatch.plan.cache_clear()
@@ -88,6 +88,26 @@ def test_random_layers(seed, last, device, ieee, monkeypatch):
             assert told[2].family == "few", told[2]
     if last and options["groups"] > 1:
         assert [(plan.family, plan.config.lanes) for plan in told] == [("few", 16)] * 3
+
+
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("size", [(70, 9), (1030,)], ids=str)
+def test_several_tiles(size, last, device, monkeypatch):
+    """A program has several tiles, one below the other or along the width, and the last part fewer."""
+    if device != "cpu" or (last and len(size) == 1):
+        pytest.skip("the interpreter's; torch has no channels_last in 1-d")
+    monkeypatch.setattr(few, "LEAST_WAVES", 0)
+    monkeypatch.setattr(few, "MOST_TILES", 2)
+    channels = 16 if last else 2
+    x, w = torch.randn(3, channels, *size).double(), torch.randn(channels, 1, *(3 for _ in size)).double()
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    options = dict(stride=2, padding=1, groups=channels)
+    tile = tconv.explain(x, w, **options).passes[0].plan.config
+    geometry = tconv.explain(x, w, **options).geometry
+    _, parts, each = few.grid(tile, geometry, 3, 1, size, True, 4)
+    assert parts > 1 and each == 2 and tile.across == (len(size) == 1)
+    expected = ATEN[len(size)](x, w, **options)
+    assert errors(TCONV[len(size)](x, w, **options), expected)[1] < 1e-13
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -118,19 +138,18 @@ def test_long_sums_in_fp32(c_in, kernel, stride, tf32, device):
 
 
 @pytest.mark.parametrize(
-    "kernel, stride, width",
-    [(8, 4, 6), (4, 2, 7), (3, 2, 7), (6, 3, 5)],
-    ids=("k8 s4", "k4 s2", "k3 s2 odd", "k6 s3"),
+    "kernel, stride, width, split",
+    [(8, 4, 6, 4), (8, 4, 7, 4), (4, 2, 7, 2), (3, 2, 7, 1), (6, 3, 5, 1)],
+    ids=("k8 s4", "k8 s4 odd", "k4 s2", "k3 s2 odd", "k6 s3"),
 )
-def test_gradients_read_a_stride_apart(kernel, stride, width, device):
+def test_gradients_read_a_stride_apart(kernel, stride, width, split, device):
     """In runs whose parts are sorted, or, of a width that the stride does not divide or another stride, one by one."""
     if device != "cpu":
         pytest.skip("so small a layer runs elsewhere there")
     x, w = torch.randn(2, 3, 4, width, dtype=torch.float64), torch.randn(3, 1, kernel, kernel, dtype=torch.float64)
-    options = dict(stride=stride, padding=1, groups=3)
+    options = dict(stride=stride, padding=(kernel - stride) // 2, groups=3)
     expected = passes(ATEN[2], x, w, None, grad := torch.randn_like(ATEN[2](x, w, **options)), **options)
     told = [each.plan for each in tconv.explain(x, w, **options).passes]
-    split = stride if expected[0].shape[-1] % stride == 0 and stride in few.SPLITS else 1
     assert [(plan.family, plan.config.split) for plan in told[1:3]] == [("few", split)] * 2
     for ours, exact in zip(passes(TCONV[2], x, w, None, grad, **options), expected, strict=True):
         assert errors(ours, exact)[1] < 1e-13
