@@ -323,6 +323,8 @@ def always_weights(rules):
     of_weight = columns.of_weight
     anyhow = lambda *args: of_weight(*args[:4], 0, *args[5:])  # noqa: E731
     rules(LEAST_WEIGHT=0, SHORT=1 << 20, FEW_HALVES=1 << 20, of_weight=anyhow)
+    with dispatch.without("patches", "aten"):
+        yield
 
 
 def gradient(x, w, grad, options):
