@@ -84,9 +84,7 @@ class Few:
     step_d: int  # from one destination pixel of a phase to the next, in source pixels: 1 forward, the stride backward
     step_h: int
     step_w: int
-    split: (
-        int  # of a read, how many parts lie one between the others: step_w where it is read as it lies, 1 for one alone
-    )
+    split: int  # parts of a read, one between the others: step_w of them, or 1 where each is a read of its own
     sums: int  # a pixel
     channels: int  # destination channels of a program, one after the other
     lanes: int  # or side by side, in channels_last; 1: pixels alone lie side by side
