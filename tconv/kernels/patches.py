@@ -20,9 +20,9 @@ from .common import (
 
 
 @triton.jit
-def _columns(first, c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, BLOCK: tl.constexpr):
+def _columns(c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, BLOCK: tl.constexpr):
     """Of columns: (whether they are, channel, tap, where in a patch along each axis, offset)."""
-    column = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
     co = column // taps
     tap = column % taps
     td = tap // (kh * kw) * dild
@@ -81,7 +81,7 @@ def patch_weight(
     tiles = batch * d_in * h_in * tiles_w
     split = tl.program_id(0) // tiles_m
     ci = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    ok, co, tap, td, th, tw, offset = _columns(0, c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, BLOCK_N)
+    ok, co, tap, td, th, tw, offset = _columns(c_out, kh, kw, taps, y_c, y_d, y_h, y_w, dild, dilh, dilw, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
