@@ -686,8 +686,8 @@ def gather_few(
         ACC=accumulator(source.dtype),
         t=tile,
         num_warps=few.WARPS,
-        # Sums in blocks have twice the registers; with 168 three programs run on a multiprocessor, with more two.
-        **({"maxnreg": few.REGISTERS} if tile.block and target.backend == "cuda" else {}),
+        # Sums in blocks have twice the registers; with 168 three programs run on a multiprocessor, with more two (on sm_100 some spill).
+        **({"maxnreg": few.REGISTERS} if tile.block and (target.backend, target.arch) == ("cuda", 90) else {}),
     )  # fmt: skip
 
 
