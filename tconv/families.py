@@ -200,11 +200,8 @@ def few_outputs_gradient(asked: Asked) -> Plan | str:
         return ""
     # At TF32 in three products: torch's own choice is IEEE fp32 for such layers, unless it has to be deterministic.
     how = "tf32x3" if asked.how == "tf32" else asked.how
-    row, columns = p.input_size[-1], p.c_out * p.geometry.taps
     why = f"{asked.why}: so few that all taps are one product"
-    return Plan(
-        "patches", why, how, *patches.choose(p.c_in, columns, p.pixels // row, row, p.dtype in HALF, asked.target)
-    )
+    return Plan("patches", why, how, *patches.choose(p, asked.target))
 
 
 def writing_weight(asked: Asked) -> Plan | str:

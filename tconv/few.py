@@ -91,15 +91,23 @@ class Few:
     vector: int  # of the lanes, how many a thread has
     own: bool  # whether each lane has a source channel of its own, as in depthwise layers
     alone: bool  # whether a group has one source channel
-    held: bool  # whether a program loads the weights once, at its beginning
-    several: bool  # whether a program has several tiles
-    across: bool  # whether they lie along the width rather than one below the other
+    across: bool  # whether a program's tiles lie along the width rather than one below the other
     unroll: int  # source channels
     block: int  # source channels whose products are added up before they are added to the rest; 0: all
     pixels: int
     box: int  # of them that lie side by side
     # What to multiply an output channel and a tap's place along depth, height and width by to find its weight; the launch knows.
     weight: tuple[int, ...] = ()
+
+    @property
+    def held(self) -> bool:
+        """Whether a program loads the weights once, at its beginning."""
+        return self.alone and self.depth != "looped" and prod(self.kernel) * self.channels <= HELD
+
+    @property
+    def several(self) -> bool:
+        """Whether a program has several tiles."""
+        return self.alone and self.depth != "looped" and len(self.reads) > 1
 
     def describe(self) -> str:
         return (
@@ -270,7 +278,6 @@ def _choose(
     height = axes[1]
     box = _box(columns, pixels, pixels if (height.kernel, height.stride) == (1, 1) else 128)
     (phases_d, phases_h, phases_w), (step_d, step_h, step_w) = (strides, (1, 1, 1)) if forward else ((1, 1, 1), strides)
-    alone = c_src == 1
     return Few(
         reads=reads,
         kernel=tuple(a.kernel for a in axes),
@@ -287,9 +294,7 @@ def _choose(
         lanes=lanes,
         vector=VECTOR if last else 1,
         own=own,
-        alone=alone,
-        held=alone and depth != "looped" and direction != "backward_weight" and products * channels <= HELD,
-        several=alone and depth != "looped" and len(reads) > 1,
+        alone=c_src == 1,
         across=geometry.ndim == 1,
         unroll=unroll,
         block=block,

@@ -356,7 +356,7 @@ def _weight_columns(
     g, (batch, c_in), size = geometry.groups, input.shape[:2], sizes3(input.shape[2:])
     c_in, c_out, taps = c_in // g, grad_output.shape[1] // g, geometry.taps
     width = c_out * taps
-    to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
+    to = _partial_sums(noted, grad_weight, splits)
     noted.launch(
         weight_columns, splits * g * cdiv(c_in, tile.channels) * cdiv(width, tile.columns),
         input, grad_output, to, batch * prod(size), c_in, c_out, width, *size, *sizes3(grad_output.shape[2:]),
@@ -370,8 +370,7 @@ def _weight_columns(
         BLOCK_N=tile.columns,
         num_warps=4,
     )  # fmt: skip
-    if splits > 1:
-        _sum_splits(noted, to, grad_weight)
+    _sum_splits(noted, to, grad_weight)
 
 
 def _weight_patches(noted: Record, chosen: Plan, input, grad_output, grad_weight, geometry: Geometry) -> None:
@@ -381,7 +380,7 @@ def _weight_patches(noted: Record, chosen: Plan, input, grad_output, grad_weight
     tile, splits, kind, axes = chosen.config, chosen.splits, layout(input), geometry.axes3
     assert isinstance(tile, patches.Patches)
     (batch, c_in), c_out, (_, kh, kw) = input.shape[:2], grad_output.shape[1], (a.kernel for a in axes)
-    to = grad_weight if splits == 1 else _partial_sums(noted, grad_weight, splits)
+    to = _partial_sums(noted, grad_weight, splits)
     noted.launch(
         patch_weight, splits * cdiv(c_in, tile.channels),
         grad_output, input, to, batch, c_in, c_out, *sizes3(input.shape[2:]), *sizes3(grad_output.shape[2:]),
@@ -397,8 +396,7 @@ def _weight_patches(noted: Record, chosen: Plan, input, grad_output, grad_weight
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        _sum_splits(noted, to, grad_weight)
+    _sum_splits(noted, to, grad_weight)
 
 
 def channels_last(t) -> torch.Tensor:
@@ -726,7 +724,7 @@ def _input_long(noted: Record, chosen: Plan, grad_output, weight, grad_input, ge
     c_in, c_out, size = grad_input.shape[1] // g, grad_output.shape[1] // g, sizes3(grad_input.shape[2:])
     rows = grad_input.shape[0] * size[0] * size[1]
     w_i, w_o, *w_taps = strides5(weight)
-    to = grad_input if splits == 1 else _partial_sums(noted, grad_input, splits)
+    to = _partial_sums(noted, grad_input, splits)
     noted.launch(
         input_columns, cdiv(size[2], tile.pixels) * rows * splits * cdiv(c_in, tile.channels) * g,
         grad_output, weight, to, c_out, c_in, *sizes3(grad_output.shape[2:]), *size, rows,
@@ -739,8 +737,7 @@ def _input_long(noted: Record, chosen: Plan, grad_output, weight, grad_input, ge
         BLOCK_W=tile.taps_w,
         num_warps=long.WARPS,
     )  # fmt: skip
-    if splits > 1:
-        _sum_splits(noted, to, grad_input)
+    _sum_splits(noted, to, grad_input)
 
 
 def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, geometry: Geometry) -> None:
@@ -813,7 +810,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
     walked = shift.walk(tile, geometry.axes3, batch, c_in, c_out, size, out, processors, splits)
     padded = (walked.planes, walked.image, tile.box) if tile.strip else size
     # All workspaces come before the first launch: where torch fills them, its launches must not come between these.
-    to = output if splits == 1 else _partial_sums(noted, output, splits)
+    to = _partial_sums(noted, output, splits)
     source = input
     if chosen.arranged:
         piece = 16 // input.element_size()
@@ -863,8 +860,7 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         num_warps=4 * tile.groups,
         **(OVERLAPPING if chosen.arranged or not tile.raw else {}),
     )  # fmt: skip
-    if splits > 1:
-        _sum_splits(noted, to, output)
+    _sum_splits(noted, to, output)
 
 
 def gather(
@@ -920,24 +916,28 @@ def gather(
         noted, weight, w_roles, w_taps, g, c_src, c_dst, config.block_n, config.block_k, int(chosen.precision == "tf32")
     )
     constants |= dict(EVEN_C=c_src % config.block_k == 0, PRECISION=chosen.precision, BLOCK_K=config.block_k)
-    splits, count, to = chosen.splits, 0, destination
-    if splits > 1:
-        count, to = destination.numel(), _partial_sums(noted, destination, splits)
+    splits, to = chosen.splits, _partial_sums(noted, destination, chosen.splits)
+    count = destination.numel() if splits > 1 else 0
     grid = tiles * (packed.shape[1] // config.block_n) * g * splits
     noted.launch(gather_gemm, grid, source, packed, bias, to, *scalars, splits, count, **constants)
-    if splits > 1:
-        _sum_splits(noted, to, destination)
+    _sum_splits(noted, to, destination)
 
 
 def _partial_sums(noted: Record, result: torch.Tensor, splits: int) -> torch.Tensor:
-    """A workspace for so many whole results, as a gather in parts writes them: dense, in the result's order."""
+    """A workspace for so many whole results, as a gather in parts writes them: dense, in the result's order.  Of one part the
+    result itself."""
+    if splits == 1:
+        return result
     return noted.workspace((splits, result.numel()), of_partials(result.dtype), result)
 
 
 def _sum_splits(noted: Record, partial: torch.Tensor, result: torch.Tensor) -> None:
+    """Launch what adds _partial_sums, where there are several."""
+    if partial is result:
+        return
     from .kernels.reduce import sum_splits
 
-    (splits, count) = partial.shape
+    splits, count = partial.shape
     rows, block = _sums(count, splits)
     noted.launch(sum_splits, cdiv(count, block), partial, result, count, splits, ROWS=rows, BLOCK=block)
 

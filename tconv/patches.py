@@ -1,7 +1,7 @@
 """The patch kernel's tiles (kernels/patches.py), and which problems it takes: the weight's gradient of layers of few output
 channels.
 
-Pure integers, from a layer's sizes; neither torch nor Triton.
+Pure integers, from a problem's sizes; neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ def takes(problem, how: str, target: Target) -> bool:
     return fits and fills and target.backend == "cuda" and how in ("half", "tf32", "tf32x3")
 
 
-def choose(c_in: int, columns: int, rows: int, width: int, half: bool, target: Target) -> tuple[Patches, int, int]:
+def choose(problem, target: Target) -> tuple[Patches, int, int]:
     """The tile, into how many parts the sums over pixels are cut, and how many tiles each has."""
-    pixels, most, num_warps, num_stages = (64, 64, 8, 3) if half else (32, 64, 4, 2)
-    if c_in > MANY_CHANNELS:
+    p, row, columns = problem, problem.input_size[-1], problem.c_out * problem.geometry.taps
+    pixels, most, num_warps, num_stages = (64, 64, 8, 3) if p.dtype.itemsize == 2 else (32, 64, 4, 2)
+    if p.c_in > MANY_CHANNELS:
         pixels, most, num_warps, num_stages = 64, 32, 4, 2
-    pixels, channels = power_of_two(width, 16, pixels), power_of_two(c_in, 16, most)
+    pixels, channels = power_of_two(row, 16, pixels), power_of_two(p.c_in, 16, most)
     tile = Patches(pixels, channels, power_of_two(columns, 16, MOST_COLUMNS), num_warps, num_stages)
-    return tile, *splits(rows * cdiv(width, pixels), cdiv(c_in, channels), c_in * columns, pixels, target)
+    tiles = p.pixels // row * cdiv(row, pixels)
+    return tile, *splits(tiles, cdiv(p.c_in, channels), p.c_in * columns, pixels, target)

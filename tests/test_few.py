@@ -106,6 +106,9 @@ def test_several_tiles(size, last, device, monkeypatch):
     geometry = tconv.explain(x, w, **options).geometry
     _, parts, each = few.grid(tile, geometry, 3, 1, size, True, 4)
     assert parts > 1 and each == 2 and tile.across == (len(size) == 1)
+    rows, width = 3 * size[0] if len(size) > 1 else 3, size[-1]  # of a phase, as many as the input has
+    shared = -(-width // tile.box) if tile.across else -(-rows // (tile.pixels // tile.box))
+    assert shared % each == 1
     expected = ATEN[len(size)](x, w, **options)
     assert errors(TCONV[len(size)](x, w, **options), expected)[1] < 1e-13
 
