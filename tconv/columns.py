@@ -131,6 +131,8 @@ def of_few(
     # What is written and read again must be little beside the input, as on an H200 (docs/kernels.md).
     if taps >= MANY_TAPS:
         most = c_in * element_size * 3 // 4
+    elif how == "tf32x3":
+        most = c_in * 3 // 4
     else:
         most = c_in // 8 if last else c_in * 3 // 4 if element_size == 2 else c_in // 2
     if columns > most:

@@ -759,6 +759,7 @@ def forward_columns(noted: Record, chosen: Plan, input, weight, bias, output, ge
         column_gemm, chosen.splits * g * cdiv(width, tile.columns) * tiles,
         input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
         SRC_LAYOUT=layout(input, g),
+        VECTOR=gcd(16, c_in, *(s for i, s in enumerate(strides5(input)) if i != 1)) if is_channels_last(input) else 1,
         PLANES=planes,
         ALIGNED=w_i % 16 == 0 and width % 16 == 0,
         BY_PIXEL=by_pixel,

@@ -22,6 +22,7 @@ TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
 ROUNDING_TRITON = 3, 7  # from this release on, a bulk copy can round fp32 to TF32 as it brings it
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
 MOST_IEEE_TAPS = 25  # along height and width, in IEEE fp32: cuDNN's algorithms for larger kernels add less often
+SHORT_IEEE_SUM = 128  # products of an output, for which that does not matter (FCN's k64 s32 and k16 s8 have 84)
 MOST_ADDITIONS = 80  # in IEEE fp32, of sums of 16 channels; of 32 channels they are half as many
 MOST_WIDTH = 32  # blocks of weights along the width, which are always unrolled
 MOST_STRIDE = 256  # along the height: the phases are looked through for each tile that is tried
@@ -473,6 +474,11 @@ HALF_THE_CODE = 0.9  # a tile with half the code to compile may take so much lon
 # were timed with and without, about 1.1 by a dozen of all phases.
 OWN_CODE = 1.1
 MEMORY = 14  # bytes of the GPU's memory
+# So many of an output with rows of 16-bit pixels that are no multiple of four, which begin and end within a sector; of runs shorter
+# than RUN bytes less by this power of what is missing, and of strips of odd rows, whose stores run from row to row, by a factor.  48
+# tiles of six layers took 0.8 to 1.2 times as long on an H200.
+RAGGED, RUN, RAGGED_SHORT, RAGGED_STRIPS = 5.0, 256, 0.43, 0.85
+FEW_PIXELS = 0.25  # stores of one pixel, or two, rather than four take longer by this power
 # A copy of the input before the kernel, and the addition of partial sums behind it: cycles of a launch; the share of MEMORY
 # that a copy reaches (that of 16-bit pixels by single loads second) and its most elements; and bytes of sums added.
 # Of 347 layers timed with and without on an H200, the choice so was 3 % slower than the best in geometric mean; tiles through
@@ -481,8 +487,9 @@ LAUNCH, COPIED, MOST_COPIED, ADDED = 4000, (0.75, 0.4), 1 << 28, 15
 THROUGH_REGISTERS = 1.1
 
 
-def cycles(tile: Shift, walked: Walk, moved: int) -> float:
-    """About how many cycles the busiest SM takes; `moved`: bytes of input and output."""
+def cycles(tile: Shift, walked: Walk, read: int, written: int, multiple: int) -> float:
+    """About how many cycles the busiest SM takes; read, written: bytes of input and output; multiple: of how many pixels, at most
+    four, the output's rows are one."""
     phases = tile.height.stride if tile.all_phases else 1
     readings = tile.readings
     taps = tile.blocks_w * readings * (1 if tile.by_row else tile.height.kernel * phases / tile.height.stride)
@@ -493,8 +500,9 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     multiply = tile.of_tile * M * channels * taps / rate + blocks * phases * BLOCK + TAP * taps * walked.of_part
     run = min(1.0, tile.useful * tile.joined * tile.dst_size / LINE) if tile.dst_layout == "width" else 1.0
     stores = tile.fold.phases * tile.dst_channels / STORE[tile.dst_layout]
-    if tile.dst_layout == "channels":
-        stores *= 16 / (tile.dst_vector * tile.dst_size)
+    stores *= (
+        16 / (tile.dst_vector * tile.dst_size) if tile.dst_layout == "channels" else (4 / tile.dst_vector) ** FEW_PIXELS
+    )
     store = tile.of_tile * phases * tile.fold.accumulators * tile.dst_size * (M / BUFFER + stores) / run**SHORT
     gathered = tile.src_layout == "width" and tile.how == "threads"
     run = min(1.0, min(tile.box, walked.width) * tile.size / LINE) if gathered else 1.0
@@ -511,10 +519,13 @@ def cycles(tile: Shift, walked: Walk, moved: int) -> float:
     # for it, threads do not.
     waits = phases > 1 and tile.how != "bulk" and tile.stages < 2 * blocks
     step = (longest + second * (1.0 if waits else OVERLAP) + TILE) * (OWN_CODE if len(tile.taps) > 1 else 1.0)
-    busiest, memory = (
-        cdiv(walked.tiles, walked.grid) * step + store + bring / blocks,
-        moved / MEMORY / walked.processors,
-    )
+    busiest = cdiv(walked.tiles, walked.grid) * step + store + bring / blocks
+    memory = (read + written) / MEMORY
+    if multiple < 4 and tile.dst_layout == "width" and tile.dst_size == 2:
+        run = tile.useful * tile.stride_w * tile.dst_size
+        rate = RAGGED * min(1.0, run / RUN) ** RAGGED_SHORT * (RAGGED_STRIPS if tile.strip and multiple == 1 else 1.0)
+        memory = max(memory, written / rate)
+    memory /= walked.processors
     both = max(busiest, memory) + 0.1 * min(busiest, memory)  # of tiles that wait for memory, the one that works less
     return both if tile.how == "bulk" else both * THROUGH_REGISTERS
 
@@ -597,9 +608,11 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, target:
         ),
         (precision not in ("half", "tf32", "tf32x3"), f"the shift kernel has no {precision} yet"),
         (
-            precision == "tf32x3" and height.kernel * width.kernel > MOST_IEEE_TAPS,
-            f"in IEEE fp32 the shift kernel has up to {MOST_IEEE_TAPS} taps along height and width: beyond, torch's largest error "
-            "can be smaller",
+            precision == "tf32x3"
+            and height.kernel * width.kernel > MOST_IEEE_TAPS
+            and c_in * prod(axis.most_taps for axis in geometry.axes3) > SHORT_IEEE_SUM,
+            f"in IEEE fp32 the shift kernel has up to {MOST_IEEE_TAPS} taps along height and width, or sums of up to {SHORT_IEEE_SUM} "
+            "products: beyond, torch's largest error can be smaller",
         ),
         (
             max(depth.stride, depth.padding, height.padding) > MOST_DIVISOR,
@@ -681,10 +694,11 @@ def _ways(
         yield "threads", layout, loaded, 0.0, 0
     if not dense or dtype == "tf32x3":
         return
-    if not last or along_width:  # several neighbours are loaded or stored at once
-        step = 4 if axes[2].stride == 1 and output[2] % 4 == 0 else 2
-        columns = cdiv(columns, step) * step
-    for padded, strip in ((prod(size), 0), (planes * rows * columns, columns)):
+    # Several neighbours are loaded or stored at once where a row has whole ones, at the price of the pixels that fill it up.
+    steps = {1} if last and not along_width else {1, 2, 4} if axes[2].stride == 1 and output[2] % 4 == 0 else {1, 2}
+    strips = sorted({cdiv(columns, step) * step for step in steps})
+    for strip in (0, *strips):
+        padded = planes * rows * strip if strip else prod(size)
         if (not as_it_is if strip else not bulk) and strip <= most and batch * padded * (c_in + 8) <= MOST_COPIED:
             together = gcd(vector, strip) if strip else vector
             copying = arranging(batch, c_in, prod(size), padded, element, together, last, processors)
@@ -703,11 +717,11 @@ def _choices(
     last = source != "width"
     # The output is new: its strides are multiples of its channels, or of its width.
     dst_layout = "width" if destination == "width" else "channels"
-    dst_vector = gcd(c_out, 16 // element) if dst_layout == "channels" else 4 if output[2] % 4 == 0 else 1
+    dst_vector = gcd(c_out, 16 // element) if dst_layout == "channels" else gcd(output[2], 4)
     columns = cdiv(output[2], axes[2].stride)
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     results = batch * prod(output) * c_out
-    moved = element * (batch * prod(size) * c_in + results)
+    facts = element * batch * prod(size) * c_in, element * results, gcd(output[2], 4)
     ways = _ways(
         axes, batch, c_in, size, output, element, vector, last, dst_layout == "width", dtype, dense, rounding, processors,
     )  # fmt: skip
@@ -724,13 +738,13 @@ def _choices(
                 continue
             if strip and rows * strip * whole.joined >= 1 << 30:  # its pixels and phases are counted in 32 bits
                 continue
-            yield cycles(whole, walked, moved) + copying, whole, copying > 0, 1
+            yield cycles(whole, walked, *facts) + copying, whole, copying > 0, 1
             for count in _parts(walked, results):
                 part = make(axes, dtype, cdiv(walked.blocks, count) * whole.kb, c_out, *form, in_parts=True)
                 if part is not None:
                     adding = LAUNCH + results * (8 * count + element) / (ADDED * processors)
                     walked_part = walk(part, axes, batch, c_in, c_out, size, output, processors, count)
-                    yield cycles(part, walked_part, moved) + copying + adding, part, copying > 0, count
+                    yield cycles(part, walked_part, *facts) + copying + adding, part, copying > 0, count
 
 
 class Choice(NamedTuple):

@@ -82,9 +82,16 @@ def compile_launch(job):
         "matrix": [name for name, text in MATRIX_INSTRUCTIONS.items() if text in assembly],
         "bulk": "cp.async.bulk.tensor" in assembly,
         "overlaps": [name for name in ("launch_dependents", "wait") if f"griddepcontrol.{name}" in assembly],
+        "stored": stored(assembly),
         "copied": copied(assembly, 32 * compiled.metadata.num_warps),
     }
     return result | (amd_resources(assembly) if backend == "hip" else nvidia_resources(log.getvalue()))
+
+
+def stored(ptx):
+    """How many bytes a thread writes to global memory at once."""
+    found = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    return sorted({int(many or 1) * int(bits) // 8 for many, bits in found})
 
 
 def copied(ptx, threads):

@@ -22,6 +22,7 @@ import triton
 
 import tconv.kernels
 from tconv import launch as launcher
+from tconv import shift
 from tconv.configs import Target
 from tconv.geometry import Geometry
 
@@ -134,6 +135,8 @@ HOPPER_LAYERS = {
     "strips-bf16-nchw": (layer(768, 384, 3, (6, 6), 128, stride=2, padding=1, output_padding=1), BF16, FIRST, True),
     "strips-tf32-ncdhw": (layer(64, 64, 3, (12, 16, 32), 3, stride=2, padding=1, output_padding=1), FP32, FIRST, True),
     "strips-tf32-ndhwc": (layer(384, 192, 2, (6, 6, 6), 8, stride=2), FP32, LAST, True),
+    "together-bf16-nchw": (layer(64, 64, 3, (256, 256), 8, padding=1), BF16, FIRST, True),
+    "together-tf32-ncdhw": (layer(16, 64, 3, (8, 128, 128), 4, padding=1), FP32, FIRST, True),
     "parts-fp16-nhwc": (layer(1024, 256, 4, (16, 16), 1, stride=2, padding=1), FP16, LAST, True),
 }
 
@@ -257,8 +260,12 @@ def judge(launch, result, target: str):
         yield f"{result['shared']} bytes of shared memory, {shared_limit} is the limit"
     if result["spills"] > SPILL_LIMIT:
         yield f"{result['spills']} bytes (or, on AMD, registers) spilled"
-    if launch["kernel"] == "shift" and not result["bulk"]:
-        yield "no bulk copy"
+    if launch["kernel"] == "shift":
+        if not result["bulk"]:
+            yield "no bulk copy"
+        tile = eval(constants["p"], vars(shift))
+        if result["stored"] != [tile.dst_vector * tile.dst_size]:
+            yield f"stores of {result['stored']} bytes, expected {tile.dst_vector} x {tile.dst_size}"
     if result["overlaps"] != overlapping(launch):
         yield f"of launches that overlap it has {result['overlaps']}, expected {overlapping(launch)}"
     if constants.get("PRECISION", "ieee") != "ieee" or launch["kernel"] == "shift":

@@ -152,9 +152,8 @@ WEIGHTS = [
 ]
 
 
-def planned(args, dtype=torch.float32, tf32=True, target=HOPPER, **options):
+def planned(args, dtype=torch.float32, tf32=True, target=HOPPER, source="width", **options):
     batch, c_in, c_out, size, geometry = layer(*args, **options)
-    source = options.pop("source", "width")
     return dispatch.plan(Problem("forward", geometry, batch, c_in, c_out, size, dtype, tf32, source), target)
 
 
@@ -234,8 +233,15 @@ def rules(monkeypatch):
     dispatch.plan.cache_clear()
 
 
+@pytest.fixture
+def without_few():
+    """So that fp32 is not the few-channel kernel's."""
+    with dispatch.without("aten", "few"):
+        yield
+
+
 @pytest.fixture(params=(4, 64), ids=("whole rows", "short rows"))
-def many_pixels(request, rules):
+def many_pixels(request, rules, without_few):
     """A few are many, and not much to move."""
     rules(MOST_PIXELS=0, FEW_OUT=8, MANY_TAPS=1, ROW=request.param)
 
@@ -277,6 +283,8 @@ def test_few_output_channels(shape, weight, options, precision, last, device, ma
         ((597, 2, 4, (48, 56), 8), dict(stride=2, padding=1), "tf32", True),
         ((56, 1, 9, (540, 960), 1), dict(stride=2, padding=4, output_padding=1), "half", True),
         ((512, 1, 16, (3999,), 16), dict(stride=8), "tf32x3", True),
+        ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1), "tf32x3", True),
+        ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1), "tf32", False),
         ((128, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "tf32", True),
         ((90, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "tf32", False),
         ((90, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "half", True),
@@ -304,7 +312,25 @@ def test_which_few_output_channels(args, options, how, taken):
     assert columns.of_few(c_in, c_out, geometry.taps, *size, how, True, "taps", False, HOPPER) is None
     assert columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "strided", False, HOPPER) is None
     last = columns.of_few(c_in, c_out, geometry.taps, *size, how, False, "taps", True, HOPPER)
-    assert (last is not None) == (taken and (c_in >= 8 * c_out * geometry.taps or geometry.taps > 64))
+    little = c_in >= 8 * c_out * geometry.taps or geometry.taps > 64 or how == "tf32x3"
+    assert (last is not None) == (taken and little)
+
+
+@pytest.mark.parametrize(
+    "args, options, dtype, last, family",
+    [
+        ((56, 1, 9, (270, 480), 1), dict(stride=4, padding=4, output_padding=3), torch.float32, False, "few"),
+        ((56, 1, 9, (270, 480), 1), dict(stride=4, padding=4, output_padding=3), torch.float32, True, "columns"),
+        ((56, 1, 9, (270, 480), 1), dict(stride=4, padding=4, output_padding=3), torch.bfloat16, False, "columns"),
+        ((64, 3, 4, (128, 128), 1), dict(stride=2, padding=1), torch.bfloat16, False, "columns"),
+        ((128, 2, 3, (544, 960), 1), dict(stride=2, padding=1, output_padding=1), torch.float32, False, "few"),
+    ],
+    ids=str,
+)
+def test_few_output_channels_in_fp32_are_for_the_cuda_cores(args, options, dtype, last, family):
+    """Where they are busy, which takes pixels along the width."""
+    plan = planned(args, dtype, source="channels" if last else "width", **options)
+    assert plan.family == family, plan
 
 
 def test_splits_share_the_steps():
@@ -435,7 +461,7 @@ def test_gradients_of_weights_on_a_gpu(args, options, precision, last, rules):
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
 )
-def test_few_output_channels_on_a_gpu(args, options, precision, last, rules):
+def test_few_output_channels_on_a_gpu(args, options, precision, last, rules, without_few):
     """At full size, no worse than torch; the same bits every time."""
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     dtype = getattr(torch, precision, torch.float32)

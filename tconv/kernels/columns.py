@@ -12,7 +12,6 @@ from .common import (
     axis_taps,
     inside,
     kernel_name,
-    known_channels,
     known_strides,
     load_tile,
     matmul,
@@ -32,7 +31,7 @@ from .common import (
 def column_gemm(
     src, weight, partial, pixels, c_src, columns, groups, d_src, h_src, w_src, src_n, src_c, src_d, src_h, src_w, w_s,
     splits,
-    SRC_LAYOUT: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr,
+    SRC_LAYOUT: tl.constexpr, VECTOR: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr, BY_PIXEL: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[split, pixel, group and column] = sum over the split's source channels of src * weight; in memory pixels lie
@@ -41,10 +40,16 @@ def column_gemm(
     GEMM: M = source pixels of all samples, N = columns, which are the (destination channel, tap) pairs of one group,
     K = source channels; c_src and columns are a group's.  The columns of a source channel lie in memory without gaps, those
     of the next one w_s elements further on.  ALIGNED: whether 16 divides w_s and how many columns there are.
+    VECTOR: where channels lie side by side, the power of two, at most 16, that divides their number and the other strides.
     PLANES: 0, or whether the pixels of an image lie side by side, and the power of two, at most 16, that divides their number.
     """
     src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
-    c_src = known_channels(c_src, SRC_LAYOUT)
+    if SRC_LAYOUT == "channels" or SRC_LAYOUT == "vectors":
+        c_src = c_src // VECTOR * VECTOR
+        src_n = src_n // VECTOR * VECTOR
+        src_d = src_d // VECTOR * VECTOR
+        src_h = src_h // VECTOR * VECTOR
+        src_w = src_w // VECTOR * VECTOR
     of_image = d_src * h_src * w_src
     if ALIGNED:
         w_s = w_s // 16 * 16

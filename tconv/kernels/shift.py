@@ -539,14 +539,6 @@ def _half(v, p: gl.constexpr):
 
 
 @gluon.jit
-def _flat(i, FIRST: gl.constexpr, UNIT: gl.constexpr, p: gl.constexpr):
-    """Where in the tile index i of a chunk is, of UNIT indices a pixel: each group of warps has a part of the chunk, of its
-    pixels from FIRST on."""
-    PART: gl.constexpr = p.chunk // p.groups * UNIT
-    return FIRST * UNIT + i + i // PART * (p.pixels // p.groups * UNIT - PART)
-
-
-@gluon.jit
 def _here(i, p: gl.constexpr):
     """A zero that keeps a store's arithmetic behind the multiplications where registers are few: done before them, it
     would push accumulators out.  Where the input comes by bulk copies there are registers for it."""
@@ -557,19 +549,32 @@ def _here(i, p: gl.constexpr):
 
 
 @gluon.jit
-def _where(row, at, UNIT: gl.constexpr, phase_d, sizes, p: gl.constexpr):
-    """Of index `at` of a tile, of UNIT indices a pixel: the element offset of its output row, of phase 0 along the height; the
-    row's number in that phase; whether it exists; and the index in the row."""
+def _row_and_column(at, BY: gl.constexpr, i, UNIT: gl.constexpr, p: gl.constexpr):
+    """`at` by BY and what is left, of index i of a chunk, of UNIT indices a pixel; each group of warps has a part of the chunk.  Both
+    parts are divided, and one selected: of a sum of both the compiler does not know which are neighbours, and stores one by one."""
+    PART: gl.constexpr = p.chunk // p.groups * UNIT
+    APART: gl.constexpr = p.pixels // p.groups * UNIT - PART
+    if p.groups == 2 and APART > 0:
+        second = i >= PART
+        return gl.where(second, (at + APART) // BY, at // BY), gl.where(second, (at + APART) % BY, at % BY)
+    else:
+        return at // BY, at % BY
+
+
+@gluon.jit
+def _where(row, i, FIRST: gl.constexpr, UNIT: gl.constexpr, phase_d, sizes, p: gl.constexpr):
+    """Of index i of a chunk, of a tile's pixels from FIRST on, of UNIT indices a pixel: the element offset of its output row, of
+    phase 0 along the height; the row's number in that phase; whether it exists; and the index in the row."""
     n_in, y_n = sizes[5], sizes[16]
+    at = FIRST * UNIT + i
     if p.strip:
-        at += row * UNIT
-        n, d, h = _planes(at // (p.box * UNIT), sizes, p)
+        q, column = _row_and_column(at + row * UNIT, p.box * UNIT, i, UNIT, p)
+        n, d, h = _planes(q, sizes, p)
         ok = n < n_in
     else:
-        q = at // (p.box * UNIT)
+        q, column = _row_and_column(at, p.box * UNIT, i, UNIT, p)
         n, d, h = _planes(row + q, sizes, p)
         ok = (q < p.rows) & (n < n_in)
-    column = at % (p.box * UNIT)
     ok = ok & (column < p.useful * UNIT)
     if p.volume:
         d = d * p.depth.stride + phase_d
@@ -598,10 +603,9 @@ def _store_pixels(v, buffer, y, sizes, phase, tile_w, row, phase_d, co, FIRST: g
     layout: gl.constexpr = _store_layout(p)
     buffer.store(v)
     v = buffer.slice(0, p.dst_channels, 0).load(layout)
-    i = gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout))
-    flat = _flat(i, FIRST, p.joined, p) + _here(co, p) * 16
+    i = gl.arange(0, p.chunk * p.joined, layout=gl.SliceLayout(0, layout)) + _here(co, p) * 16
     c = co + gl.arange(0, p.dst_channels, layout=gl.SliceLayout(1, layout))
-    offset, q, ok, column = _where(row, flat, p.joined, phase_d, sizes, p)
+    offset, q, ok, column = _where(row, i, FIRST, p.joined, phase_d, sizes, p)
     h = q * p.height.stride + phase
     ok = ok & (h < h_out)
     if p.joined == p.stride_w:
@@ -629,15 +633,14 @@ def _store_channels(
     else:
         buffer.store(v.permute((1, 0)))
     v = buffer.slice(0, p.dst_channels, 1).load(layout)
-    i = gl.arange(0, p.chunk * F, layout=gl.SliceLayout(1, layout))
-    flat = _flat(i, FIRST, F, p) + _here(co, p) * 16
+    i = gl.arange(0, p.chunk * F, layout=gl.SliceLayout(1, layout)) + _here(co, p) * 16
     c = co + gl.arange(0, p.dst_channels, layout=gl.SliceLayout(0, layout))
-    offset, q, ok, column = _where(row, flat, F, phase_d, sizes, p)
+    offset, q, ok, column = _where(row, i, FIRST, F, phase_d, sizes, p)
     h = q * p.height.stride + phase
-    w = (tile_w * p.useful + column // F) * p.stride_w + p.fold.first[G] + flat % F
+    w = (tile_w * p.useful + column // F) * p.stride_w + p.fold.first[G] + column % F
     ok = ok & (h < h_out) & (w < w_out)
     if p.fold.many[G] < F:
-        ok = ok & (flat % F < p.fold.many[G])
+        ok = ok & (column % F < p.fold.many[G])
     gl.store(y + (offset + h * y_h + w * y_w)[:, None] + c[None, :], v, mask=ok[:, None] & (c < c_out)[None, :])
 
 
