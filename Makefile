@@ -15,7 +15,7 @@ space := $(empty) $(empty)
 # pytest must be told where the tests are: it takes the value of an option that it does not know yet for a path.
 TESTS ?= tests
 
-.PHONY: demo test gpu-test results report lint clean FORCE
+.PHONY: demo test gpu-test sanitize results report lint clean FORCE
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,11 @@ test: $(VENV)/.installed $(TRITON_DIRS:%=%/.installed)
 gpu-test:
 	$(PYTHON) -m pytest --ignore tests/test_aot.py -n $(WORKERS) --dist worksteal -m "not alone" --summary benchmarks/results/gpu-test.json $(TESTS)
 	$(PYTHON) -m pytest -m alone --summary benchmarks/results/gpu-test-alone.json $(TESTS) || [ $$? -eq 5 ]
+
+# On a machine with a Hopper GPU: compute-sanitizer over the shift kernel's forms; the logs are kept.
+sanitize: $(patsubst %,benchmarks/results/sanitizer-%.txt,memcheck racecheck initcheck)
+benchmarks/results/sanitizer-%.txt: FORCE
+	compute-sanitizer --tool $* --kernel-regex kns=tconv --error-exitcode 1 $(PYTHON) tests/sanitized.py > $@ 2>&1
 
 # The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2`, by estimate 50
 # minutes on two H200s.  One that was stopped goes on with RESUME=--resume.

@@ -1,0 +1,59 @@
+"""The shift kernel on a list of layers, for compute-sanitizer (`make sanitize`): every way in which the input, the weight and the
+output come and go, in the three precisions that differ.
+
+    compute-sanitizer --tool memcheck --kernel-regex kns=tconv python tests/sanitized.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from oracle import ATEN
+
+import tconv
+from tconv import dispatch
+
+# (input, weight, options, whether channels_last)
+LAYERS = {
+    "rows": ((2, 64, 64, 62), (64, 64, 4, 4), dict(stride=2, padding=1), False),
+    "rows, channels_last": ((2, 64, 64, 62), (64, 64, 4, 4), dict(stride=2, padding=1), True),
+    "strips of a copy": ((32, 512, 8, 6), (512, 256, 4, 4), dict(stride=2, padding=1), False),
+    "strips as they lie": ((8, 256, 14, 14), (256, 256, 2, 2), dict(stride=2), True),
+    "phases that differ": ((2, 128, 32, 32), (128, 96, 3, 3), dict(stride=2, padding=1, output_padding=1), True),
+    "eight warps together": ((4, 128, 60, 60), (128, 64, 3, 3), dict(padding=1), False),
+    "long strides": ((4, 128, 400), (128, 64, 16), dict(stride=8, padding=4), False),
+    "a stride of seven": ((2, 256, 300), (256, 128, 14), dict(stride=7, padding=4, output_padding=1), False),
+    "sums in parts": ((1, 512, 12, 12), (512, 128, 4, 4), dict(stride=2, padding=1), True),
+    "depth": ((1, 64, 5, 17, 20), (64, 32, 3, 3, 3), dict(stride=2, padding=1, output_padding=1), True),
+    "few channels": ((2, 48, 40, 44), (48, 20, 3, 3), dict(stride=2, padding=1, output_padding=1), False),
+}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+TOLERANCE = {"bf16": 1e-2, "tf32": 2e-3, "fp32": 2e-6}  # of the largest element; what the errors are other tests say
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    wrong = 0
+    for title, (size, kernel, options, last) in LAYERS.items():
+        x, w = torch.randn(size), torch.randn(kernel) / kernel[0] ** 0.5
+        exact = ATEN[len(size) - 2](x.double(), w.double(), **options)
+        for precision, tolerance in TOLERANCE.items():
+            torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+            form = FORMATS[len(size)] if last else torch.contiguous_format
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            tensors = [t.to("cuda", dtype).contiguous(memory_format=form) for t in (x, w)]
+            with dispatch.without("few", "columns", "long", "patches", "aten"):
+                plan = tconv.explain(*tensors, **options).passes[0].plan
+                y = getattr(tconv, f"conv_transpose{len(size) - 2}d")(*tensors, **options)
+            error = ((y.double().cpu() - exact).abs().max() / exact.abs().max()).item()
+            good = plan.family == "shift" and error < tolerance
+            wrong += not good
+            what = plan.config.describe() if plan.family == "shift" else plan.reason
+            print(f"{'ok' if good else 'WRONG'} {title}, {precision}: error {error:.1e}, {what}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
