@@ -477,7 +477,7 @@ MEMORY = 14  # bytes of the GPU's memory
 # So many of an output with rows of 16-bit pixels that are no multiple of four, which begin and end within a sector; of runs shorter
 # than RUN bytes less by this power of what is missing, and of strips of odd rows, whose stores run from row to row, by a factor.  48
 # tiles of six layers took 0.8 to 1.2 times as long on an H200.
-RAGGED, RUN, RAGGED_SHORT, RAGGED_STRIPS = 5.0, 256, 0.43, 0.85
+RAGGED, RUN, RAGGED_SHORT, RAGGED_STRIPS = 5.0, 256, 0.43, 0.9
 FEW_PIXELS = 0.25  # stores of one pixel, or two, rather than four take longer by this power
 # A copy of the input before the kernel, and the addition of partial sums behind it: cycles of a launch; the share of MEMORY
 # that a copy reaches (that of 16-bit pixels by single loads second) and its most elements; and bytes of sums added.
@@ -487,9 +487,8 @@ LAUNCH, COPIED, MOST_COPIED, ADDED = 4000, (0.75, 0.4), 1 << 28, 15
 THROUGH_REGISTERS = 1.1
 
 
-def cycles(tile: Shift, walked: Walk, read: int, written: int, multiple: int) -> float:
-    """About how many cycles the busiest SM takes; read, written: bytes of input and output; multiple: of how many pixels, at most
-    four, the output's rows are one."""
+def cycles(tile: Shift, walked: Walk, read: int, written: int, width: int) -> float:
+    """About how many cycles the busiest SM takes; read, written: bytes of input and output; width: of the output."""
     phases = tile.height.stride if tile.all_phases else 1
     readings = tile.readings
     taps = tile.blocks_w * readings * (1 if tile.by_row else tile.height.kernel * phases / tile.height.stride)
@@ -521,9 +520,9 @@ def cycles(tile: Shift, walked: Walk, read: int, written: int, multiple: int) ->
     step = (longest + second * (1.0 if waits else OVERLAP) + TILE) * (OWN_CODE if len(tile.taps) > 1 else 1.0)
     busiest = cdiv(walked.tiles, walked.grid) * step + store + bring / blocks
     memory = (read + written) / MEMORY
-    if multiple < 4 and tile.dst_layout == "width" and tile.dst_size == 2:
-        run = tile.useful * tile.stride_w * tile.dst_size
-        rate = RAGGED * min(1.0, run / RUN) ** RAGGED_SHORT * (RAGGED_STRIPS if tile.strip and multiple == 1 else 1.0)
+    if width % 4 and tile.dst_layout == "width" and tile.dst_size == 2:
+        run = min(width, tile.useful * tile.stride_w) * tile.dst_size
+        rate = RAGGED * min(1.0, run / RUN) ** RAGGED_SHORT * (RAGGED_STRIPS if tile.strip and width % 2 else 1.0)
         memory = max(memory, written / rate)
     memory /= walked.processors
     both = max(busiest, memory) + 0.1 * min(busiest, memory)  # of tiles that wait for memory, the one that works less
@@ -721,7 +720,7 @@ def _choices(
     columns = cdiv(output[2], axes[2].stride)
     volume = axes[0] != Axis(1, 1, 0, 1) or output[0] > 1
     results = batch * prod(output) * c_out
-    facts = element * batch * prod(size) * c_in, element * results, gcd(output[2], 4)
+    facts = element * batch * prod(size) * c_in, element * results, output[2]
     ways = _ways(
         axes, batch, c_in, size, output, element, vector, last, dst_layout == "width", dtype, dense, rounding, processors,
     )  # fmt: skip
