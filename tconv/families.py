@@ -176,10 +176,10 @@ def _few(asked: Asked, portable: bool) -> Plan | str:
     if asked.without("few"):
         return "" if portable else "the few-channel kernels are left out"
     c_src, c_dst = reversed(p.channels) if p.direction == "backward_input" else p.channels
-    refused = few.refuse(
-        p.direction, p.geometry, c_src, c_dst, p.large, asked.how, p.source, p.destination, p.whole, portable
-    )  # fmt: skip
-    if refused:
+    layer, rest = (p.direction, p.geometry, c_src, c_dst, p.large, asked.how), (p.destination, p.whole, portable)
+    refused = few.refuse(*layer, p.source, *rest)
+    copied = bool(refused) and _copied_for_few(asked) and not few.refuse(*layer, "width", *rest)
+    if refused and not copied:
         return "" if refused == few.FULL else refused
     last, half = few.by_channels(g, c_src, p.whole), p.dtype in HALF
     sizes = p.batch, c_src, c_dst, p.input_size
@@ -188,13 +188,28 @@ def _few(asked: Asked, portable: bool) -> Plan | str:
         return "too few pixels for the few-channel kernels"
     why = f"{asked.why}{';' if portable else ':'} too few for the tensor core"
     if p.direction != "backward_weight":
-        return Plan("few", why, "", tile)
+        return Plan("few", why, "", tile, arranged=copied)
     pairs = p.c_in * p.c_out // g
     tiles = few.tiles(tile, p.geometry, p.batch, p.input_size, False)
     programs = p.geometry.axes3[0].kernel * pairs // tile.lanes
     return Plan(
         "few", why, "", tile, *configs.splits(tiles, programs, p.geometry.taps * pairs, tile.pixels, asked.target)
     )
+
+
+def _copied_for_few(asked: Asked) -> bool:
+    """Whether the few-channel kernels, which read along the width, may have a copy of channels_last: forward in IEEE fp32, where the
+    tensor core takes three products (FSRCNN's 56 to 1, k9, was ten times cuDNN's time)."""
+    p = asked.problem
+    if (
+        p.direction != "forward"
+        or p.geometry.groups > 1
+        or asked.how != "tf32x3"
+        or p.source not in ("channels", "vectors")
+    ):
+        return False
+    whole = p.dense and prod(p.input_size) % (16 // p.dtype.itemsize) == 0
+    return whole and p.c_in > few.FEW_IN and p.c_out <= few.FEW_OUT["tf32"]
 
 
 def few_outputs_gradient(asked: Asked) -> Plan | str:

@@ -169,7 +169,11 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
         return noted.leave(key, partial(aten.forward, geometry=geometry), input, weight, bias)
     with on_device(input):
         if chosen.family == "few":
-            gather_few(noted, chosen, input, weight, bias, output, geometry, True)
+            source = input
+            if chosen.arranged:
+                source = noted.workspace(input.shape, input.dtype, input)
+                _transpose(noted, input, source, prod(input.shape[2:]), input.shape[1], False)
+            gather_few(noted, chosen, source, weight, bias, output, geometry, True)
         elif chosen.family == "columns":
             forward_columns(noted, chosen, input, weight, bias, output, geometry)
         elif chosen.family == "shift":

@@ -119,7 +119,7 @@ class Plan:
     splits: int = 1
     tiles_per_split: int = 0
     # Whether what the pass reads is first copied, its channels innermost, at TF32 rounded: for the shift kernel its input, of
-    # strips with zeros behind rows; for aten's gradients the activations.
+    # strips with zeros behind rows; for aten's gradients the activations.  For the few-channel kernels, its pixels innermost.
     arranged: bool = False
 
 

@@ -13,7 +13,7 @@ import tconv
 from tconv import dispatch, few, launch
 from tconv.configs import Target
 from tconv.geometry import Geometry
-from tconv.problem import PASSES
+from tconv.problem import PASSES, Problem
 
 HOPPER = Target("cuda", 90, 132)
 
@@ -205,6 +205,42 @@ def test_tiles_in_channels_last(direction, half):
         a_thread = tile.pixels * tile.lanes // (few.WARPS * few.WARP)
         assert args[0] % tile.lanes == 0 and tile.lanes >= 16 and a_thread >= 4
         assert a_thread * tile.sums <= few.READS and tile.pixels % tile.box == 0 and tile.own
+
+
+@pytest.mark.parametrize(
+    "size, kernel, tf32, copied",
+    [((6, 8), (3, 3), False, True), ((2, 3, 10), (3, 1, 3), False, True), ((6, 7), (3, 3), False, False), ((6, 8), (3, 3), True, False)],
+    ids=str,
+)  # fmt: skip
+def test_channels_last_in_ieee_fp32_is_copied(size, kernel, tf32, copied, device):
+    """Images of whole pieces of 16 bytes."""
+    n = len(size)
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    form = {2: torch.channels_last, 3: torch.channels_last_3d}[n]
+    x = torch.randn(2, 40, *size, device=device).contiguous(memory_format=form)
+    w, b = torch.randn(40, 2, *kernel, device=device), torch.randn(2, device=device)
+    with dispatch.without("columns", "shift", "aten"):
+        chosen = tconv.explain(x, w, b, stride=2).passes[0]
+        y = TCONV[n](x, w, b, stride=2)
+    if device == "cpu":  # on a GPU these are too few pixels
+        assert chosen.plan.arranged == copied and (chosen.plan.family == "few" or not copied)
+    assert ("pixels innermost" in str(chosen)) == chosen.plan.arranged
+    assert y.is_contiguous(memory_format=form)
+    exact = ATEN[n](x.double(), w.double(), b.double(), stride=2)
+    assert errors(y, exact)[1] < (1e-3 if tf32 else 1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, copied",
+    [({}, True), (dict(tf32=True), False), (dict(dense=False), False), (dict(c_out=5), False)],
+    ids=str,
+)
+def test_which_are_copied(change, copied):
+    """FSRCNN's x4."""
+    batch, c_in, c_out, size, geometry = layer(56, 1, 9, (270, 480), 1, stride=4, padding=4, output_padding=3)
+    sizes = "forward", geometry, batch, c_in, c_out, size, torch.float32, False, "channels", "channels"
+    chosen = dispatch.plan(replace(Problem(*sizes, dense=True), **change), HOPPER)
+    assert (chosen.family == "few" and chosen.arranged) == copied, chosen
 
 
 def test_too_few_pixels_are_left():
