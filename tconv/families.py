@@ -208,7 +208,7 @@ def _copied_for_few(asked: Asked) -> bool:
         or p.source not in ("channels", "vectors")
     ):
         return False
-    whole = p.dense and prod(p.input_size) % (16 // p.dtype.itemsize) == 0
+    whole = p.dense and prod(p.input_size) % (16 // p.dtype.itemsize) == 0 and p.pixels * p.c_in <= shift.MOST_COPIED
     return whole and p.c_in > few.FEW_IN and p.c_out <= few.FEW_OUT["tf32"]
 
 

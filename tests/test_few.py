@@ -232,7 +232,7 @@ def test_channels_last_in_ieee_fp32_is_copied(size, kernel, tf32, copied, device
 
 @pytest.mark.parametrize(
     "change, copied",
-    [({}, True), (dict(tf32=True), False), (dict(dense=False), False), (dict(c_out=5), False)],
+    [({}, True), (dict(tf32=True), False), (dict(dense=False), False), (dict(c_out=5), False), (dict(batch=40), False)],
     ids=str,
 )
 def test_which_are_copied(change, copied):
