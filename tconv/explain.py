@@ -43,9 +43,8 @@ class PassExplanation:
             return text + (f"; sum in {self.plan.splits} parts of the batch" if self.plan.splits > 1 else "")
         text = f"{self.name}: {self.plan.family} ({self.plan.reason}); {_WORDS[self.plan.precision]}; tile {self.plan.config.describe()}"
         if self.plan.arranged:
-            text += (
-                f", of a copy of the input with its {'pixels' if self.plan.family == 'few' else 'channels'} innermost"
-            )
+            inner = "pixels" if self.plan.family == "few" else "channels"
+            text += f", of a copy of the input with its {inner} innermost"
         if self.plan.splits > 1:
             text += f"; sum in {self.plan.splits} parts"
         return text

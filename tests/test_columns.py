@@ -291,6 +291,7 @@ def test_few_output_channels(shape, weight, options, precision, last, device, ma
         ((56, 1, 9, (540, 960), 1), dict(stride=2, padding=4, output_padding=1), "half", True),
         ((512, 1, 16, (3999,), 16), dict(stride=8), "tf32x3", True),
         ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1), "tf32x3", True),
+        ((64, 1, 8, (32, 32), 8), dict(stride=2, padding=3), "tf32x3", True),
         ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1), "tf32", False),
         ((128, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "tf32", True),
         ((90, 3, 4, (128, 128), 1), dict(stride=2, padding=1), "tf32", False),

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .common import (
     axis_taps,
+    divisible,
     inside,
     kernel_name,
     known_strides,
@@ -45,11 +46,7 @@ def column_gemm(
     """
     src_n, src_c, src_d, src_h, src_w = known_strides(src_n, src_c, src_d, src_h, src_w, SRC_LAYOUT)
     if SRC_LAYOUT == "channels" or SRC_LAYOUT == "vectors":
-        c_src = c_src // VECTOR * VECTOR
-        src_n = src_n // VECTOR * VECTOR
-        src_d = src_d // VECTOR * VECTOR
-        src_h = src_h // VECTOR * VECTOR
-        src_w = src_w // VECTOR * VECTOR
+        c_src, src_n, src_w, src_d, src_h = divisible(c_src, src_n, src_w, src_d, src_h, VECTOR)
     of_image = d_src * h_src * w_src
     if ALIGNED:
         w_s = w_s // 16 * 16

@@ -94,6 +94,12 @@ def known_strides(n, c, d, h, w, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def divisible(along, n, c, d, h, BY: tl.constexpr):
+    """A number of neighbours and four strides, which the compiler then knows to be multiples of BY: so many elements are one access."""
+    return along // BY * BY, n // BY * BY, c // BY * BY, d // BY * BY, h // BY * BY
+
+
+@triton.jit
 def known_channels(c, LAYOUT: tl.constexpr):
     """The channels of a group, a multiple of 16 where the layout says so."""
     if LAYOUT == "vectors":

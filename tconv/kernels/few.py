@@ -9,7 +9,7 @@ are rows by columns of pixels; or pixels by channels, `t.lanes` of them, in chan
 import triton
 import triton.language as tl
 
-from .common import axis_taps, inside, known_strides, split_row, widen
+from .common import axis_taps, divisible, inside, known_strides, split_row, widen
 
 GATHER = (
     "batch c_src c_dst groups d_src h_src w_src d_dst h_dst w_dst kd strided padd dild gcdd invd "
@@ -96,12 +96,6 @@ def _parts(v, t: tl.constexpr):
             first, third = tl.split(even.reshape([t.pixels // t.box, t.box, 2]))
             second, fourth = tl.split(odd.reshape([t.pixels // t.box, t.box, 2]))
             return first, second, third, fourth
-
-
-@triton.jit
-def _divisible(width, n, c, d, h, BY: tl.constexpr):
-    """The same, which the compiler then knows to be multiples of BY: so many elements are one access."""
-    return width // BY * BY, n // BY * BY, c // BY * BY, d // BY * BY, h // BY * BY
 
 
 @triton.jit
@@ -287,8 +281,8 @@ def gather_few(
     """
     if t.lanes > 1:
         if t.own:
-            src_w, src_n, _, src_d, src_h = _divisible(src_w, src_n, src_c, src_d, src_h, t.vector)
-        dst_w, dst_n, _, dst_d, dst_h = _divisible(dst_w, dst_n, dst_c, dst_d, dst_h, t.vector)
+            src_w, src_n, _, src_d, src_h = divisible(src_w, src_n, src_c, src_d, src_h, t.vector)
+        dst_w, dst_n, _, dst_d, dst_h = divisible(dst_w, dst_n, dst_c, dst_d, dst_h, t.vector)
         dst_c = 1
         w_g = w_g // 16 * 16
         w_s = w_s // 16 * 16
@@ -296,8 +290,8 @@ def gather_few(
     else:
         src_w = 1 if SRC_WIDTH else src_w
         dst_w = 1 if DST_WIDTH else dst_w
-        w_src, src_n, src_c, src_d, src_h = _divisible(w_src, src_n, src_c, src_d, src_h, SRC_VECTOR)
-        w_dst, dst_n, dst_c, dst_d, dst_h = _divisible(w_dst, dst_n, dst_c, dst_d, dst_h, DST_VECTOR)
+        w_src, src_n, src_c, src_d, src_h = divisible(w_src, src_n, src_c, src_d, src_h, SRC_VECTOR)
+        w_dst, dst_n, dst_c, dst_d, dst_h = divisible(w_dst, dst_n, dst_c, dst_d, dst_h, DST_VECTOR)
     if t.depth == "looped":
         phases_d = strided if FORWARD else 1
         q_d = tl.cdiv(d_dst, phases_d)
@@ -381,8 +375,8 @@ def weight_few(
     x_n, x_c, x_d, x_h, x_w = known_strides(x_n, x_c, x_d, x_h, x_w, LAYOUT)
     y_n, y_c, y_d, y_h, y_w = known_strides(y_n, y_c, y_d, y_h, y_w, LAYOUT)
     if t.lanes == 1:
-        w_in, x_n, x_c, x_d, x_h = _divisible(w_in, x_n, x_c, x_d, x_h, X_VECTOR)
-        w_out, y_n, y_c, y_d, y_h = _divisible(w_out, y_n, y_c, y_d, y_h, Y_VECTOR)
+        w_in, x_n, x_c, x_d, x_h = divisible(w_in, x_n, x_c, x_d, x_h, X_VECTOR)
+        w_out, y_n, y_c, y_d, y_h = divisible(w_out, y_n, y_c, y_d, y_h, Y_VECTOR)
     columns = groups * c_in * c_out
     blocks = columns // t.lanes
     # What reads the same pixels is neighbours.
