@@ -62,6 +62,8 @@ def _is_plain(t: torch.Tensor) -> bool:
     return (default or own is torch._C._disabled_torch_function_impl) and not is_traceable_wrapper_subclass(t)
 
 
+HOPPER = "blocks", "shift"  # the families that other GPUs do not have
+LEFT_OUT = "few", "columns", "long", "patches", *HOPPER, "aten"  # what `without` takes
 _without: tuple[str, ...] = ()  # what `without` says
 
 
@@ -70,11 +72,11 @@ def without(*families: str) -> Iterator[None]:
     """Inside, in every thread, `plan` does without some families, to measure or test the others.  An inner one replaces
     what an outer one says; threads should not have different ones at a time.
 
-    families: of "few", "columns", "long", "patches", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
+    families: of "few", "columns", "long", "patches", "blocks", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
     """
     global _without
-    if unknown := [name for name in families if name not in ("few", "columns", "long", "patches", "shift", "aten")]:
-        raise ValueError(f"families: expected few, columns, long, patches, shift or aten, got {unknown[0]!r}")
+    if unknown := [name for name in families if name not in LEFT_OUT]:
+        raise ValueError(f"families: expected {', '.join(LEFT_OUT[:-1])} or {LEFT_OUT[-1]}, got {unknown[0]!r}")
     before, _without = _without, families
     try:
         yield

@@ -12,8 +12,9 @@ from math import prod
 
 import torch
 
-from . import columns, configs, few, long, patches, shift
+from . import blocks, columns, configs, few, long, patches, shift
 from .configs import Target, cdiv
+from .geometry import sizes3
 from .problem import HALF, TF32_PRODUCTS, Plan, Problem
 
 
@@ -265,6 +266,30 @@ def reading_weight(asked: Asked) -> Plan | str:
 HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+def blocked(asked: Asked) -> Plan | str:
+    """The block kernel, for kernel = stride without padding."""
+    p, target = asked.problem, asked.target
+    if p.direction != "forward" or not blocks.takes(p.geometry):
+        return ""
+    if target.backend != "cuda" or target.arch != 90 or target.triton not in shift.TRITON:
+        return ""  # what the shift kernel says, too
+    if asked.without("blocks"):
+        return "the block kernel is left out"
+    layout = "channels" if p.channels_last else "width"
+    same = p.source == p.destination == "width" or (p.channels_last and p.destination in ("channels", "vectors"))
+    lies = asked.how == "tf32" or p.weight == {"width": "taps", "channels": "pieces"}[layout]
+    if (
+        asked.how not in ("half", "tf32")
+        or not (same and p.dense and p.aligned and lies)
+        or p.c_in < shift.LEAST_CHANNELS
+    ):
+        return "not what the block kernel's bulk copies take"
+    sizes = p.batch, p.c_in, p.c_out, p.input_size
+    stride = sizes3(p.geometry.kernel)
+    tile = blocks.choose(stride, *sizes, HALVES.get(p.dtype, asked.how), layout, target.processors)
+    return Plan("blocks", asked.why, asked.how, tile) if tile else "none of the block kernel's tiles fits"
+
+
 def shifted(asked: Asked) -> Plan | str:
     """The shift kernel."""
     choice = _shift_choice(asked)
@@ -377,6 +402,7 @@ FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
     reading_weight,
     left_product,
     left_images,
+    blocked,
     shifted,
     long_strides,
     left_groups,

@@ -14,7 +14,7 @@ from math import gcd, prod
 
 import torch
 
-from . import aten, columns, configs, few, long, patches, record, shift
+from . import aten, blocks, columns, configs, few, long, patches, record, shift
 from .configs import Config, cdiv, power_of_two
 from .dispatch import INTERPRET, allow_tf32, flags, plan, target_of, unsupported
 from .geometry import Geometry, sizes3
@@ -148,6 +148,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
         all(t is None or t.is_contiguous(memory_format=_suggested(t)) for t in (source, destination)),
         (layout(source) == "vectors", destination is not None and layout(destination) == "vectors"),
         "" if weight is None else _lies(weight),
+        weight is not None and _aligned(source, weight),
     )
 
 
@@ -176,6 +177,8 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
             gather_few(noted, chosen, source, weight, bias, output, geometry, True)
         elif chosen.family == "columns":
             forward_columns(noted, chosen, input, weight, bias, output, geometry)
+        elif chosen.family == "blocks":
+            forward_blocks(noted, chosen, input, weight, bias, output)
         elif chosen.family == "shift":
             forward_shift(noted, chosen, input, weight, bias, output, geometry)
         elif chosen.family == "long":
@@ -634,6 +637,12 @@ def _lies(weight) -> str:
     return "pieces" if inside and whole else lies
 
 
+def _aligned(input, weight) -> bool:
+    """Problem.aligned."""
+    step = weight.stride(0) * weight.element_size()
+    return step > 0 and not any(n % 16 for n in (input.data_ptr(), weight.data_ptr(), step))
+
+
 def _order(w_t: int, taps, c_dst: int, kernel) -> str:
     """How (destination channels, taps) of one source channel lie in memory, as kernels.pack says it."""
     k = sizes3(kernel)
@@ -866,6 +875,48 @@ def forward_shift(noted: Record, chosen: Plan, input, weight, bias, output, geom
         **(OVERLAPPING if chosen.arranged or not tile.raw else {}),
     )  # fmt: skip
     _sum_splits(noted, to, output)
+
+
+def forward_blocks(noted: Record, chosen: Plan, input, weight, bias, output) -> None:
+    """Launch the block kernel; 1-d and 2-d layers run as 3-d ones of one row or one plane."""
+    from .kernels import blocks as kernels
+
+    tile = chosen.config
+    assert isinstance(tile, blocks.Blocks)
+    (batch, c_in), c_out = input.shape[:2], output.shape[1]
+    size, (kd, kh, kw) = sizes3(input.shape[2:]), tile.stride
+    depth, height, width = size
+    pixels, taps, row = prod(size), tile.taps, kw * c_out
+    walked = blocks.walk(tile, batch, c_out, size, target_of(input.device).processors)
+    packed, rows = weight, 0
+    if tile.size == 4:
+        w_i, w_o, *w_taps = strides5(weight)
+        packed = pack(noted, weight, (0, w_i, w_o), w_taps, 1, c_in, c_out, blocks.PACKED_ROWS, tile.kb, 1, early=True)
+        blocks_of, rows, columns_in = packed.shape
+        w = [blocks_of * rows, columns_in], [columns_in, 1], [tile.of_copy, tile.kb]
+    elif tile.layout == "width":
+        w = [c_in, taps * c_out], [weight.stride(0), 1], [tile.kb, tile.of_copy]
+    else:
+        w = [c_in, kd * kh, row], [weight.stride(0), row, 1], [tile.kb, 1, tile.of_copy]
+    if tile.layout == "width":
+        x = [batch, c_in, pixels], [c_in * pixels, pixels, 1], [1, tile.kb, tile.box]
+        lines = depth * kd * height * kh
+        strides = [c_out * lines * width * kw, lines * width * kw, width * kw, 1]
+        y = [batch, c_out, lines, width * kw], strides, [1, tile.channels, kh, tile.chunk]
+    else:
+        x = [batch * pixels, c_in], [c_in, 1], [tile.box, tile.kb]
+        y = [batch * depth * kd * height * kh, width, row], [width * row, row, 1], [1, tile.unit, tile.chunk]
+    facts = zip((input, packed, output), (x, w, y), kernels.descriptor_layouts(tile))
+    of_input, of_weight, of_output = (Described(t, (*each, form)) for t, each, form in facts)
+    noted.launch(
+        kernels.blocks_forward, walked.grid,
+        of_input, of_weight, output if bias is None else bias, of_output,
+        walked.tiles, tile.slots, walked.boxes, walked.lines, walked.length, height, walked.wrap, depth, walked.across,
+        c_out, rows, walked.columns, bias is not None,
+        tile,
+        num_warps=4,
+        **(OVERLAPPING if tile.size == 4 else {}),
+    )  # fmt: skip
 
 
 def gather(

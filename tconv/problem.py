@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from . import columns, few, long, patches, shift
+from . import blocks, columns, few, long, patches, shift
 from .configs import Config, Target
 from .geometry import Geometry
 
@@ -61,6 +61,8 @@ class Problem:
     whole: tuple[bool, bool] = (False, False)
     # Forward: how the weight lies (launch.order), or "pieces": output channels innermost, in whole 16 bytes.
     weight: str = "taps"
+    # Forward: whether 16 bytes divide the addresses of input and weight, and the weight's stride from one input channel to the next.
+    aligned: bool = False
 
     @property
     def channels_last(self) -> bool:
@@ -99,7 +101,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("few", "columns", "long", "patches", "shift", "gemm", "direct" or "aten"), its configuration and
+    """A decision: the kernel family ("few", "columns", "long", "patches", "blocks", "shift", "gemm", "direct" or "aten"), its configuration and
     the reason."""
 
     family: str
@@ -113,6 +115,7 @@ class Plan:
         | long.Phases
         | long.InputColumns
         | patches.Patches
+        | blocks.Blocks
         | shift.Shift
         | None
     ) = None

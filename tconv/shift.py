@@ -20,6 +20,7 @@ M = 64  # rows of an accumulator: output channels, times the phases along the wi
 # The releases whose Gluon the kernel compiles with; it has run under the first.
 TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
 ROUNDING_TRITON = 3, 7  # from this release on, a bulk copy can round fp32 to TF32 as it brings it
+LEAST_CHANNELS = 16  # of the input
 MOST_TAPS = 25  # along height and width that are unrolled: compilation takes longer than 6 s beyond
 MOST_IEEE_TAPS = 25  # along height and width, in IEEE fp32: cuDNN's algorithms for larger kernels add less often
 SHORT_IEEE_SUM = 128  # products of an output, for which that does not matter (FCN's k64 s32 and k16 s8 have 84)
@@ -624,7 +625,7 @@ def refuse(geometry, c_in, c_out, large, precision, source, destination, target:
             f"the shift kernel has up to {MOST_WIDTH} taps along the width, or {MOST_SPANS} strides above {LONG_STRIDE}",
         ),
         (large, "the shift kernel has 32-bit offsets"),
-        (c_in < 16, "few input channels"),
+        (c_in < LEAST_CHANNELS, "few input channels"),
         ("strided" in (source, destination), "of the tensors' strides"),
     ):
         if bad:

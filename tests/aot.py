@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
 
+import tconv.blocks  # noqa: E402
 import tconv.few  # noqa: E402
 import tconv.shift  # noqa: E402
 
@@ -54,7 +55,7 @@ def compile_launch(job):
     if "ACC" in constants:
         constants["ACC"] = getattr(tl, constants["ACC"])
     for name in {"p", "t"} & constants.keys():  # a tile, as a dataclass prints itself
-        constants[name] = eval(constants[name], vars(tconv.shift) | vars(tconv.few))
+        constants[name] = eval(constants[name], vars(tconv.shift) | vars(tconv.few) | vars(tconv.blocks))
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name], _, specialisation = launch["types"].get(name, "constexpr").partition(" ")
@@ -83,6 +84,7 @@ def compile_launch(job):
         "bulk": "cp.async.bulk.tensor" in assembly,
         "overlaps": [name for name in ("launch_dependents", "wait") if f"griddepcontrol.{name}" in assembly],
         "stored": stored(assembly),
+        "to_shared": to_shared(assembly),
         "copied": copied(assembly, 32 * compiled.metadata.num_warps),
     }
     return result | (amd_resources(assembly) if backend == "hip" else nvidia_resources(log.getvalue()))
@@ -92,6 +94,12 @@ def stored(ptx):
     """How many bytes a thread writes to global memory at once."""
     found = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)
     return sorted({int(many or 1) * int(bits) // 8 for many, bits in found})
+
+
+def to_shared(ptx):
+    """How many bytes of accumulators a thread writes to shared memory at once; by the matrix counts as 16."""
+    found = re.findall(r"st\.shared(?:\.v(\d))?\.b(\d+)", ptx)
+    return sorted({int(many or 1) * int(bits) // 8 for many, bits in found} | ({16} if "stmatrix" in ptx else set()))
 
 
 def copied(ptx, threads):

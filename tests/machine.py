@@ -1,10 +1,11 @@
-"""A stand-in for Gluon and for one SM of a Hopper GPU: it runs the shift kernel's own code on the CPU, a CTA at a time.
+"""A stand-in for Gluon and for one SM of a Hopper GPU: it runs the Hopper kernels' own code on the CPU, a CTA at a time.
 
 The partitions of a CTA's warps are threads of which one runs at a time.  Which one goes on, and when a bulk copy arrives,
 is drawn anew with each seed, so that what the rings do not forbid happens sooner or later.  It fails where the GPU would
 hang (everybody waits), count too many arrivals, overwrite an operand before the product that reads it is waited for,
-multiply what is no TF32 value, access memory out of bounds, read what an earlier launch writes without waiting for it, or
-store an element twice.  Shared memory begins as NaN, and so does what a bulk copy has begun to overwrite.
+multiply what is no TF32 value, access memory out of bounds, read what an earlier launch writes without waiting for it,
+store an element twice, or end before what bulk stores read has been read.  Shared memory begins as NaN, and so does what a bulk
+copy has begun to overwrite; a bulk store reads it at any time until it is waited for.
 
 It knows nothing of layouts, registers and proxies: where swizzled pixels lie (`_rows` and `_view`, which it replaces) and
 what a fence is for, only a GPU can tell.
@@ -23,11 +24,11 @@ import numpy as np
 import torch
 from oracle import round_tf32
 
-import tconv.kernels.shift as real
+from tconv.kernels import blocks, shift
 from tconv.record import Described, Record
 
 LAYOUTS = (
-    *("BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
+    *("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout"),
     *("SharedLinearLayout", "SliceLayout", "SwizzledSharedLayout"),
 )
 ROUND = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -126,16 +127,27 @@ class Descriptor:
         self.memory, (self.shape, self.strides, self.box, _, *more) = memory, facts
         self.rounds = more == ["zero", True]  # to TF32
 
-    def read(self, corner):
-        """The box at `corner`, zero where it leaves the tensor."""
+    def _places(self, corner):
+        assert int(corner[-1]) * self.memory.size % 16 == 0, "a bulk copy begins between two multiples of 16 bytes"
         at, inside = 0, True
         for axis, (begin, n) in enumerate(zip(corner, self.box, strict=True)):
             shape = [-1 if i == axis else 1 for i in range(len(self.box))]
             i = (int(begin) + np.arange(n)).reshape(shape)
             inside = inside & (i >= 0) & (i < self.shape[axis])
             at = at + i * self.strides[axis]
+        return at, inside
+
+    def read(self, corner):
+        """The box at `corner`, zero where it leaves the tensor."""
+        at, inside = self._places(corner)
         found = np.where(inside, self.memory.data[np.where(inside, at, 0)], 0.0)
         return round_tf32(torch.from_numpy(found).float()).double().numpy() if self.rounds else found
+
+    def write(self, corner, values):
+        """The box at `corner`, but for what leaves the tensor."""
+        at, inside = self._places(corner)
+        np.add.at(self.memory.written, at[inside], 1)
+        self.memory.data[at[inside]] = values.reshape(inside.shape)[inside]
 
 
 class Shared:
@@ -160,6 +172,31 @@ class Shared:
     def load(self, layout):
         return Value(self.array.copy())
 
+    @property
+    def memory(self):
+        """In the order of its addresses."""
+        return self.array
+
+
+class Lines(Shared):
+    """A view [rows, columns] of memory that has a line of columns of all rows, then the next one; or of several such."""
+
+    def __init__(self, memory, order=(0, 1)):
+        self.lines, self.order, self.own = memory, order, None
+
+    @property
+    def array(self):
+        _, rows, _ = self.lines.shape
+        return self.lines.transpose(1, 0, 2).reshape(rows, -1).transpose(self.order)
+
+    memory = property(lambda self: self.lines)
+
+    def index(self, i):
+        return Lines(self.lines[int(i)])
+
+    def permute(self, order):
+        return Lines(self.lines, order)
+
 
 class Barrier:
     """An mbarrier: its phase ends when all have arrived and all announced bytes have."""
@@ -183,10 +220,11 @@ class Stopped(Exception):
 class Machine:
     """One CTA."""
 
-    def __init__(self, program, grid, size, seed):
+    def __init__(self, program, grid, size, seed, in_lines=False):
         self.program, self.grid, self.size = program, grid, size  # size: bytes of an element
+        self.in_lines = in_lines  # whether the kernel sees shared memory in its order of lines
         self.draw = random.Random(seed)
-        self.copies = []  # under way
+        self.copies, self.stores = [], []  # under way; of a store also whose it is
         # Of this thread's partition: .name, .products that it has not waited for, whether it .awaited earlier launches.
         self.own = threading.local()
         self.waiting: dict = {}  # by partition: what it waits for, or None
@@ -216,6 +254,7 @@ class Machine:
             self._sleep()
             function(*args)
             assert not self.own.products, "a product was not waited for"
+            assert all(name != owner for owner, *_ in self.stores), "a bulk store was not waited for"
         except Stopped:
             return
         except BaseException as error:
@@ -229,6 +268,8 @@ class Machine:
         while self.alive and not self.error:
             if self.copies and self.draw.random() < 0.3:
                 self._arrive()
+            if self.stores and self.draw.random() < 0.3:
+                self._write(self.draw.choice(self.stores))
             able = [name for name, ready in self.waiting.items() if ready is None or ready()]
             if able:
                 self.turn = self.draw.choice(able)
@@ -261,11 +302,20 @@ class Machine:
         to.array[...] = source.read(corner).reshape(to.array.shape)
         barrier.arrive(arrived=nbytes)
 
+    def _write(self, store):
+        self.stores.remove(store)
+        _, to, corner, source = store
+        to.write(corner, source.array.copy())
+
     # What the kernel calls
 
     def allocate(self, dtype, shape, layout):
         if dtype == "int64":
-            return SimpleNamespace(index=[Barrier() for _ in range(shape[0])].__getitem__)
+            barriers = [Barrier() for _ in range(shape[0])]
+            return SimpleNamespace(index=lambda i: barriers[int(i)])
+        if self.in_lines and layout.line < shape[-1]:
+            *buffers, rows, columns = shape
+            return Lines(np.full([*buffers, columns // layout.line, rows, layout.line], np.nan))
         return Shared(np.full(shape, np.nan))
 
     def wait(self, barrier, parity):
@@ -287,7 +337,18 @@ class Machine:
             self.copies.append((source, [int(i) for i in corner], barrier, to, prod(source.box) * self.size))
         self.step()
 
+    def async_store(self, to, corner, source):
+        self.stores.append((self.own.name, to, [int(i) for i in corner], source))
+        self.step()
+
+    def store_wait(self, pending):
+        assert pending == 0
+        for store in [each for each in self.stores if each[0] == self.own.name]:
+            self._write(store)
+
     def multiply(self, a, b, acc, use_acc=True, is_async=True):
+        if isinstance(a, Value):  # in registers, which nothing else changes
+            a = Shared(a.a)
         if self.size == 4:
             for each in (a.array, b.array):
                 single = torch.from_numpy(np.nan_to_num(each, posinf=0, neginf=0)).float()
@@ -335,17 +396,18 @@ def inline_assembly(machine, text, constraints, args, dtype, is_pure, pack):
 
 
 @cache
-def code(change):
-    """The kernel's module, with one text in the place of another."""
-    text = Path(real.__file__).read_text()
+def code(module, change):
+    """A kernel's module, with one text in the place of another."""
+    text = Path(module.__file__).read_text()
     if change:
         assert change[0] in text
         text = text.replace(*change)
-    return compile(text, real.__file__, "exec")
+    return compile(text, module.__file__, "exec")
 
 
-def namespace(machine, change):
+def namespace(machine, module, change):
     """That module with this machine in Gluon's place."""
+    beside = namespace(machine, shift, None) if module is blocks else {}
 
     def decorator(*functions, **_):
         return functions[0] if functions else lambda function: function
@@ -356,7 +418,7 @@ def namespace(machine, change):
     def where(condition, a, b):
         return Value(np.where(raw(condition), raw(a), raw(b)))
 
-    reinterpret = staticmethod(lambda mem, dtype, shape, layout: Shared(mem.array.reshape(shape)))
+    reinterpret = staticmethod(lambda mem, dtype, shape, layout: Shared(mem.memory.reshape(shape)))
     gl = SimpleNamespace(
         constexpr=lambda value: value,
         static_range=lambda *bounds: builtins.range(*map(int, bounds)),
@@ -375,6 +437,7 @@ def namespace(machine, change):
         warp_specialize=machine.partitions,
         shared_memory_descriptor=type("descriptor", (), {"reinterpret": reinterpret}),
         barrier=anything,
+        NVMMASharedLayout=lambda nbytes, bits, *_: SimpleNamespace(line=8 * nbytes // bits),
         **{n: n for n in ("int32", "int64")},
         **{"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"},
         **dict.fromkeys(LAYOUTS, anything),
@@ -388,7 +451,9 @@ def namespace(machine, change):
             arrive=machine.arrive,
             expect=machine.expect,
         ),
-        tma=SimpleNamespace(async_load=machine.async_load),
+        tma=SimpleNamespace(
+            async_load=machine.async_load, async_store=machine.async_store, store_wait=machine.store_wait
+        ),
         warpgroup_mma=machine.multiply,
         warpgroup_mma_wait=machine.multiply_wait,
     )
@@ -403,6 +468,8 @@ def namespace(machine, change):
     )
 
     def imported(name, scope=None, local=None, wanted=(), level=0):
+        if level and name == "shift":
+            return SimpleNamespace(**beside)
         if level or name.split(".")[0] != "triton":
             return builtins.__import__(name, scope, local, wanted, level)
         found = triton
@@ -414,11 +481,11 @@ def namespace(machine, change):
         return (Value(i) for i in builtins.range(*map(int, bounds)))
 
     scope = {
-        "__name__": real.__name__,
-        "__package__": real.__package__,
+        "__name__": module.__name__,
+        "__package__": module.__package__,
         "__builtins__": {**vars(builtins), "__import__": imported, "range": counted},
     }
-    exec(code(change), scope)
+    exec(code(module, change), scope)
 
     def rows(ring, row, count, p):
         row, flat = int(row), ring.array.reshape(-1, p.kb)
@@ -431,12 +498,13 @@ def namespace(machine, change):
         # The last pixels may be the next stage's, of which nothing is stored.
         return Shared(flat[begin : begin + p.pixels].T, own=(int(stage) + 1) * p.pitch - begin)
 
-    scope |= {"_rows": rows, "_view": view}
+    if module is shift:
+        scope |= {"_rows": rows, "_view": view}
     return scope
 
 
 class Emulated(Record):
-    """A Record of which the shift kernel runs here; the others run in Triton's interpreter."""
+    """A Record of which the Hopper kernels run here; the others run in Triton's interpreter."""
 
     def __init__(self, *tensors, seed=0, change=None):
         super().__init__(*tensors)
@@ -447,7 +515,8 @@ class Emulated(Record):
         return super().workspace(*args, **options).fill_(torch.nan)
 
     def launch(self, kernel, grid, *args, **constants):
-        if kernel is not real.shift:
+        modules = {shift.shift: shift, blocks.blocks_forward: blocks}
+        if kernel not in modules:
             return super().launch(kernel, grid, *args, **constants)
         memories: dict = {}
         made = [id(t) for t in self._known[len(self._known) - len(self._allocations) :]]
@@ -461,7 +530,8 @@ class Emulated(Record):
 
         *values, tile = args
         values = [ready(value) for value in values]
+        module, grid = modules[kernel], (grid, 1) if isinstance(grid, int) else grid
         for program in product(*map(range, grid)):
-            machine = Machine(program, grid, tile.size, f"{self.seed} {program}")
-            namespace(machine, self.change)["shift"](*values, tile)
-        memories[id(args[3])].finish()
+            machine = Machine(program, grid, tile.size, f"{self.seed} {program}", module is blocks)
+            namespace(machine, module, self.change)[kernel.fn.__name__](*values, tile)
+        memories[id(getattr(args[3], "base", args[3]))].finish()

@@ -1,4 +1,4 @@
-"""The shift kernel on a list of layers, for compute-sanitizer (`make sanitize`): every way in which the input, the weight and the
+"""The kernels for Hopper GPUs on a list of layers, for compute-sanitizer (`make sanitize`): every way in which the input, the weight and the
 output come and go, in the three precisions that differ.
 
     compute-sanitizer --tool memcheck --kernel-regex kns=tconv python tests/sanitized.py
@@ -30,27 +30,38 @@ LAYERS = {
     "few channels": ((2, 48, 40, 44), (48, 20, 3, 3), dict(stride=2, padding=1, output_padding=1), False),
 }
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Those of the block kernel.
+BLOCKS = {
+    "blocks": ((4, 128, 64, 64), (128, 64, 2, 2), dict(stride=2), False),
+    "blocks, channels_last": ((4, 128, 64, 64), (128, 64, 2, 2), dict(stride=2), True),
+    "blocks, several rows in a box": ((2, 72, 10, 16, 8), (72, 40, 2, 2, 2), dict(stride=2), False),
+    "blocks, rows beside the end of a box": ((4, 64, 24, 24), (64, 32, 4, 4), dict(stride=4), True),
+}
 TOLERANCE = {"bf16": 1e-2, "tf32": 2e-3, "fp32": 2e-6}  # of the largest element; what the errors are other tests say
 
 
 def main() -> int:
     torch.manual_seed(0)
     wrong = 0
-    for title, (size, kernel, options, last) in LAYERS.items():
+    for title, (size, kernel, options, last) in (LAYERS | BLOCKS).items():
+        family = "blocks" if title in BLOCKS else "shift"
+        others = "few", "columns", "long", "patches", *(() if title in BLOCKS else ("blocks",))
         x, w = torch.randn(size), torch.randn(kernel) / kernel[0] ** 0.5
         exact = ATEN[len(size) - 2](x.double(), w.double(), **options)
         for precision, tolerance in TOLERANCE.items():
+            if precision == "fp32" and title in BLOCKS:
+                continue
             torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
             form = FORMATS[len(size)] if last else torch.contiguous_format
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             tensors = [t.to("cuda", dtype).contiguous(memory_format=form) for t in (x, w)]
-            with dispatch.without("few", "columns", "long", "patches", "aten"):
+            with dispatch.without(*others, "aten"):
                 plan = tconv.explain(*tensors, **options).passes[0].plan
                 y = getattr(tconv, f"conv_transpose{len(size) - 2}d")(*tensors, **options)
             error = ((y.double().cpu() - exact).abs().max() / exact.abs().max()).item()
-            good = plan.family == "shift" and error < tolerance
+            good = plan.family == family and error < tolerance
             wrong += not good
-            what = plan.config.describe() if plan.family == "shift" else plan.reason
+            what = plan.config.describe() if plan.family == family else plan.reason
             print(f"{'ok' if good else 'WRONG'} {title}, {precision}: error {error:.1e}, {what}", flush=True)
     return 1 if wrong else 0
 

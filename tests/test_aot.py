@@ -35,11 +35,13 @@ KERNELS = {
     "long": ("gather_phases", "input_columns"),
     "patches": ("patch_weight",),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
+    "blocks": ("blocks_forward",),
     "shift": ("shift",),
     "copies": ("arrange",),
 }
 # Kernels that a target does not run: gradients are left to cuDNN alone, and AMD's compiler has no product in three parts.
-ELSEWHERE = {"sm_90": set(), "gfx942": {"shift", "arrange", "patch_weight"}}
+HOPPER = {"blocks_forward", "shift"}
+ELSEWHERE = {"sm_90": set(), "gfx942": {*HOPPER, "arrange", "patch_weight"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Tiles for sm_80 also serve sm_86 and sm_89.
 TARGETS = {
     "sm_80": (Target("cuda", 80, 108), ("cuda", "80"), 99 * 1024),
@@ -123,6 +125,11 @@ LAYERS = {
 
 # What only Hopper has forms of its own for: the forward pass.
 HOPPER_LAYERS = {
+    "blocks-bf16-nchw": (layer(256, 128, 2, (128, 128), 8, stride=2), BF16, FIRST, True),
+    "blocks-fp16-ncdhw": (layer(64, 32, 2, (24, 24, 24), 8, stride=2), FP16, FIRST, True),
+    "blocks-tf32-nchw": (layer(128, 64, 2, (128, 128), 8, stride=2), FP32, FIRST, True),
+    "blocks-tf32-ndhwc": (layer(64, 32, 2, (32, 64, 64), 8, stride=2), FP32, LAST, True),
+    "lies-blocks-bf16-nhwc": (layer(256, 128, 2, (128, 128), 8, stride=2), BF16, LAST, True),
     "lies-bf16-nhwc": (layer(512, 256, 4, (16, 16), 32, stride=2, padding=1), BF16, LAST, True),
     "lies-fp16-nhwc": (layer(64, 136, 3, (64, 64), 16, padding=1), FP16, LAST, True),
     "lies-resident-bf16-nhwc": (layer(64, 64, 2, (128, 128), 16, stride=2), BF16, LAST, True),
@@ -241,9 +248,11 @@ def record(target: Target) -> list[dict]:
 
 def overlapping(launch) -> list[str]:
     """What a kernel says to the launch behind it, and that it waits for those ahead."""
+    constants = launch["constants"]
     if launch["kernel"] == "shift":
         return ["wait"]
-    constants = launch["constants"]
+    if launch["kernel"] == "blocks_forward":
+        return ["wait"] if launch["options"].get("launch_pdl") else []
     if constants.get("OVERLAPS"):
         return ["launch_dependents", "wait"]
     return ["launch_dependents"] if constants.get("EARLY") else []
@@ -266,9 +275,15 @@ def judge(launch, result, target: str):
         tile = eval(constants["p"], vars(shift))
         if result["stored"] != [tile.dst_vector * tile.dst_size]:
             yield f"stores of {result['stored']} bytes, expected {tile.dst_vector} x {tile.dst_size}"
+    if launch["kernel"] == "blocks_forward":
+        if not result["bulk"] or result["stored"] or result["spills"]:
+            yield "bulk copies and stores alone, nothing spilled"
+        # Accumulators go to shared memory by the pair, or in channels_last of 16 bits by the matrix.
+        if min(result["to_shared"]) < 4:
+            yield f"stores of {result['to_shared']} bytes to shared memory"
     if result["overlaps"] != overlapping(launch):
         yield f"of launches that overlap it has {result['overlaps']}, expected {overlapping(launch)}"
-    if constants.get("PRECISION", "ieee") != "ieee" or launch["kernel"] == "shift":
+    if constants.get("PRECISION", "ieee") != "ieee" or launch["kernel"] in HOPPER:
         # wgmma has no tile of fewer than 64 rows.
         wanted = (
             {"mma.sync"} if target == "sm_90" and constants.get("BLOCK_M", 64) < 64 else MATRIX_INSTRUCTIONS[target]
@@ -318,7 +333,7 @@ def test_compiles_and_fits(directory, target, tmp_path):
     version = triton.__version__ if directory is None else release(directory)
     launches = record(replace(description, triton=tuple(map(int, version.split(".")[:2]))))
     listed = {name for names in KERNELS.values() for name in names}
-    assert {each["kernel"] for each in launches} == listed - ELSEWHERE.get(target, {"shift"})
+    assert {each["kernel"] for each in launches} == listed - ELSEWHERE.get(target, HOPPER)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     if directory is not None:
         environment["PYTHONPATH"] = directory

@@ -168,7 +168,7 @@ def test_cudnn_switched_off(device):
 def test_without(device):
     """without() holds in every thread, for new kinds of calls and for known ones, and ends."""
     with (
-        pytest.raises(ValueError, match="expected few, columns, long, patches, shift or aten, got 'gemm'"),
+        pytest.raises(ValueError, match="expected few, columns, long, patches, blocks, shift or aten, got 'gemm'"),
         dispatch.without("gemm"),
     ):
         pass

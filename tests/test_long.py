@@ -57,7 +57,7 @@ def test_random_layers(seed, device, ieee):
     expected = oracle(ndim, *tensors, **options)
     dtype = torch.float64 if device == "cpu" else torch.float32
     tensors = [None if t is None else t.to(device, dtype) for t in tensors]
-    with dispatch.without("few", "columns", "shift", "aten"):
+    with dispatch.without("few", "columns", *dispatch.HOPPER, "aten"):
         explained = tconv.explain(*tensors[:3], **options).passes
         actual, again = (passes(TCONV[ndim], *tensors, **options) for _ in range(2))
     for name, ours, same, exact in zip(NAMES, actual, again, expected, strict=False):
@@ -82,7 +82,7 @@ def test_nan_and_inf(kernel, where, value, device, ieee):
     tensors[where][0, 1, 2, 1] = value
     alone[where][0, 1, 2, 1] = 1
     reached = [r != 0 for r in oracle(2, alone["input"], alone["weight"], None, alone["grad"], **options)[:3]]
-    with dispatch.without("few", "columns", "shift", "aten"):
+    with dispatch.without("few", "columns", *dispatch.HOPPER, "aten"):
         actual = passes(TCONV[2], *(t.to(device) for t in (x, w)), None, grad.to(device), **options)
         told = tconv.explain(x.to(device), w.to(device), **options).passes
     of = {"input": (0, 2), "weight": (0, 1), "grad": (1, 2)}[where]

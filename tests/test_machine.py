@@ -296,7 +296,7 @@ def test_ctas_do_all_phases_in_turn(name, c_out):
     size = sizes3((256, 64) if g.ndim == 2 else (16, 64, 64))
     walked = shift.walk(tile, g.axes3, 8, 64, c_out, size, sizes3(g.output_size(size[-g.ndim :])), 132)
     assert walked.tiles > 8 * walked.grid
-    kernel = namespace(Machine((0, 0), (walked.grid, 1), tile.size, 0), None)
+    kernel = namespace(Machine((0, 0), (walked.grid, 1), tile.size, 0), kernels, None)
     scalars = {0: walked.tiles_co, 1: walked.tiles_w, kernel["OF_ROUND"]: walked.of_round, kernel["SPIN"]: walked.spin}
     sizes = {i: Value(n) for i, n in scalars.items()}
     places, work = set(), [0] * walked.grid

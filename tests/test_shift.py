@@ -19,12 +19,14 @@ from tconv.record import Record
 from tconv.workloads import SUITES, layers
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-TARGET = Target("cuda", 90, 132, (3, 6), ("columns",))  # which take layers of few output channels
+TARGET = Target(
+    "cuda", 90, 132, (3, 6), ("columns", "blocks")
+)  # which take layers of few output channels, and of kernel = stride
 
 
 @pytest.fixture(autouse=True)
-def without_columns():
-    with dispatch.without("columns", "aten"):
+def alone():
+    with dispatch.without("columns", "blocks", "aten"):
         yield
 
 

@@ -120,7 +120,7 @@ def portable(work: Work):
     function = tconv(work)
 
     def call():
-        with dispatch.without("shift", "aten"):
+        with dispatch.without(*dispatch.HOPPER, "aten"):
             return function()
 
     return call
@@ -130,7 +130,7 @@ def plans(name: str, work: Work) -> dict[str, Plan]:
     """How tconv, as a provider of this name, runs each pass of a layer; of other providers nothing."""
     if name not in ("tconv", "tconv-portable", "tconv-graph") or work.is_problem:
         return {}
-    with dispatch.without(*(("shift", "aten") if name == "tconv-portable" else ())):
+    with dispatch.without(*((*dispatch.HOPPER, "aten") if name == "tconv-portable" else ())):
         told = explain(work.input, work.weight, work.bias, **work.layer.options)
     assert isinstance(told, Explanation)
     asked = PASSES if work.pass_name == "training" else (work.pass_name,)
