@@ -117,7 +117,12 @@ def takes(geometry: Geometry) -> bool:
     """Whether each input pixel has a block of outputs of its own, and the blocks fill the output."""
     axes = geometry.axes
     alike = all(a.kernel == a.stride and not a.padding and (a.dilation == 1 or a.kernel == 1) for a in axes)
-    return alike and not any(geometry.output_padding) and geometry.groups == 1 and geometry.taps > 1
+    return alike and not any(geometry.output_padding) and geometry.groups == 1
+
+
+def joined(stride, size) -> tuple[int, ...]:
+    """The sizes of planes, rows and pixels as a tile sees them: without strides all pixels of an image are one row."""
+    return sizes3(size) if prod(stride) > 1 else (1, 1, prod(size))
 
 
 def _candidates(stride, c_in: int, c_out: int, size, dtype: str, layout: str) -> Iterator[Blocks]:
@@ -166,7 +171,7 @@ def choose(
     stride, batch: int, c_in: int, c_out: int, input_size, dtype: str, layout: str, processors: int
 ) -> Blocks | None:
     """The first tile that fills the processors, or the one that fills most of them, or None where none fits."""
-    size, best = sizes3(input_size), None
+    size, best = joined(stride, input_size), None
     for tile in _candidates(stride, c_in, c_out, size, dtype, layout):
         walked = walk(tile, batch, c_out, size, processors)
         if walked.columns > processors or walked.columns * c_in > MOST_READ[tile.size] * (c_in + c_out * prod(stride)):

@@ -152,7 +152,8 @@ def _explain_call(
             continue
         source, destination = (output, batched) if name == "backward_input" else (batched, output)
         where = name, geometry, batched.shape, c_out
-        problem = launch.make_problem(*where, source, destination, weight if name == "forward" else None)
+        of_forward = (weight, bias) if name == "forward" else ()
+        problem = launch.make_problem(*where, source, destination, *of_forward)
         passes.append(PassExplanation(name, problem, plan(problem, target_of(batched.device))))
     text = f"conv_transpose{ndim}d {batched.shape[1]} to {c_out} {geometry.describe()}"
     return Explanation(text, tuple(input.shape), batched.dtype, geometry, tuple(passes), module)

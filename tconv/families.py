@@ -43,6 +43,7 @@ class Asked:
 LEFT = {
     "groups": "cuDNN measured 1.5 to 2.2 times faster with such groups on an H200",
     "images": "cuDNN measured up to 1.6 times faster with images so small in channels_last on an H200",
+    "sums": "cuDNN measured up to 1.3 times faster with sums so long in channels_last on an H200",
     "product": "cuDNN measured up to 1.6 times faster with a kernel of 1 on contiguous tensors on an H200",
     "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
     "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
@@ -56,6 +57,9 @@ LEFT_READ = 64  # products for each element of an output's gradient
 # With fewer channels, at TF32, cuDNN takes contiguous tensors as they lie in less time than copies and channels_last take: over
 # kernelbench's weights' gradients 0.6 to 1.0 times theirs, from 64 on 0.83 to 1.3.
 LEFT_CHANNELS = 64
+# In 16 bits and channels_last, without a bias (cuDNN's time over the shift kernel's): k4 s2 and k3 s2 of 512 to 2048 channels 0.81 to 1.08
+# (eleven layers, geometric mean 0.95), k3x5 and 3-d k3 of 64 to 128 channels 0.79 and 0.88; with a bias torch adds a pass.
+LONG_SUMS, WIDE_OUTPUTS = 512, 128
 SMALL_IMAGE, MANY_PIXELS = 36, 4096  # pixels of an image, and of a batch that fills a GPU
 
 
@@ -95,6 +99,28 @@ def left_images(asked: Asked) -> Plan | str:
         return ""
     overlap = max(g.stride) > 1 and any(a.kernel > a.stride for a in g.axes)
     return Plan("aten", LEFT["images"]) if overlap and (p.dtype in HALF or asked.how == "tf32") else ""
+
+
+def left_long_sums(asked: Asked) -> Plan | str:
+    """Forward passes in 16 bits, channels_last and without a bias, in which the multiplication decides, are left to aten: those of
+    strides whose taps overlap, of LONG_SUMS channels, and those without strides, of many taps to WIDE_OUTPUTS channels."""
+    p, g = asked.problem, asked.problem.geometry
+    if (
+        not _may_leave(asked)
+        or p.direction != "forward"
+        or g.groups > 1
+        or p.dtype not in HALF
+        or p.bias
+        or not p.channels_last
+        or p.destination == "width"
+        or not p.dense
+    ):
+        return ""
+    if max(g.stride) == 1:
+        left = g.taps >= shift.LONG and p.c_in >= shift.WIDE and p.c_out >= WIDE_OUTPUTS
+    else:
+        left = p.c_in >= LONG_SUMS and p.c_out >= shift.WIDE and all(a.kernel > a.stride for a in g.axes)
+    return Plan("aten", LEFT["sums"]) if left else ""
 
 
 def left_groups(asked: Asked) -> Plan | str:
@@ -400,9 +426,10 @@ FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
     few_outputs_gradient,
     writing_weight,
     reading_weight,
+    left_long_sums,
+    blocked,
     left_product,
     left_images,
-    blocked,
     shifted,
     long_strides,
     left_groups,

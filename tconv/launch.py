@@ -129,8 +129,8 @@ def _along_width(t: torch.Tensor) -> int:
     return gcd(vector(t, "width"), 16 // t.element_size()) if layout(t) == "width" else 1
 
 
-def make_problem(direction, geometry, input_shape, c_out, source, destination=None, weight=None) -> Problem:
-    """The Problem of a pass that gathers from `source` and writes `destination`; the forward pass with its weight."""
+def make_problem(direction, geometry, input_shape, c_out, source, destination=None, weight=None, bias=None) -> Problem:
+    """The Problem of a pass that gathers from `source` and writes `destination`; the forward pass with its weight and bias."""
     kind = layout(source, geometry.groups)
     return Problem(
         direction,
@@ -149,6 +149,7 @@ def make_problem(direction, geometry, input_shape, c_out, source, destination=No
         (layout(source) == "vectors", destination is not None and layout(destination) == "vectors"),
         "" if weight is None else _lies(weight),
         weight is not None and _aligned(source, weight),
+        bias is not None,
     )
 
 
@@ -164,7 +165,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     output = noted.result(size, input, memory_format(input, weight))
     if output.numel() == 0:
         return output
-    problem = make_problem("forward", geometry, input.shape, c_out, input, output, weight)
+    problem = make_problem("forward", geometry, input.shape, c_out, input, output, weight, bias)
     chosen = plan(problem, target_of(input.device))
     if chosen.family == "aten":
         return noted.leave(key, partial(aten.forward, geometry=geometry), input, weight, bias)
@@ -884,7 +885,7 @@ def forward_blocks(noted: Record, chosen: Plan, input, weight, bias, output) -> 
     tile = chosen.config
     assert isinstance(tile, blocks.Blocks)
     (batch, c_in), c_out = input.shape[:2], output.shape[1]
-    size, (kd, kh, kw) = sizes3(input.shape[2:]), tile.stride
+    size, (kd, kh, kw) = blocks.joined(tile.stride, input.shape[2:]), tile.stride
     depth, height, width = size
     pixels, taps, row = prod(size), tile.taps, kw * c_out
     walked = blocks.walk(tile, batch, c_out, size, target_of(input.device).processors)

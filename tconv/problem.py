@@ -63,6 +63,7 @@ class Problem:
     weight: str = "taps"
     # Forward: whether 16 bytes divide the addresses of input and weight, and the weight's stride from one input channel to the next.
     aligned: bool = False
+    bias: bool = False  # forward: whether there is one, which torch adds in a pass of its own
 
     @property
     def channels_last(self) -> bool:

@@ -104,6 +104,35 @@ def test_products_of_contiguous_matrices(change, left):
     assert (plan.family == "aten") == left, plan
 
 
+K4S2 = Geometry((4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1))
+K3 = Geometry((3, 3), (1, 1), (0, 0), (0, 0), 1, (1, 1))
+
+
+@pytest.mark.parametrize(
+    "change, left",
+    [
+        ({}, True),
+        (dict(bias=True), False),
+        (dict(dtype=torch.float32), False),
+        (dict(source="width", destination="width"), False),
+        (dict(c_in=256), False),
+        (dict(c_out=32), False),
+        (dict(dense=False), False),
+        (dict(geometry=Geometry((2, 2), (2, 2), (0, 0), (0, 0), 1, (1, 1))), False),  # no taps overlap
+        (dict(geometry=K3, c_in=64, c_out=128), True),
+        (dict(geometry=K3, c_in=64, c_out=64), False),
+        (dict(geometry=Geometry((1, 1), (1, 1), (0, 0), (0, 0), 1, (1, 1)), c_in=64, c_out=128), False),
+        (dict(batch=1, input_size=(2, 2)), False),  # the column kernels'
+    ],
+    ids=str,
+)
+def test_long_sums_in_channels_last(change, left):
+    facts = dict(geometry=K4S2, batch=32, c_in=512, c_out=256, input_size=(16, 16), dtype=torch.bfloat16, tf32=True)
+    facts |= dict(source="vectors", destination="vectors", weight="pieces", whole=(True, True), vector=16, aligned=True)
+    plan = dispatch.plan(Problem("forward", **(facts | change)), HOPPER)
+    assert (plan.family == "aten" and plan.reason == families.LEFT["sums"]) == left, plan
+
+
 @pytest.mark.parametrize(
     "change, left",
     [
@@ -115,7 +144,7 @@ def test_products_of_contiguous_matrices(change, left):
         (dict(c_out=48), False),
         (dict(source="width", destination="width"), False),
         (dict(geometry=Geometry((2, 2), (2, 2), (0, 0), (0, 0), 1, (1, 1))), False),
-        (dict(geometry=Geometry((3, 3), (1, 1), (1, 1), (0, 0), 1, (1, 1))), False),
+        (dict(geometry=Geometry((3, 3), (1, 1), (1, 1), (0, 0), 1, (1, 1)), bias=True), False),
     ],
 )
 def test_small_images_in_channels_last(change, left):

@@ -1,4 +1,4 @@
-"""The block kernel for Hopper (sm_90): kernel = stride without padding, where each input pixel makes a block of outputs of its own.
+"""The block kernel for Hopper (sm_90): kernel = stride without padding (1 included), where each input pixel makes a block of outputs of its own.
 
 One matrix product, [pixels, input channels] x [input channels, columns]; a column is an output channel at a place in the block.  Bulk
 copies bring the input as it lies, and bulk stores take the outputs from shared memory, where the accumulators are written once, in
