@@ -40,10 +40,11 @@ gpu-test:
 	$(PYTHON) -m pytest --ignore tests/test_aot.py -n $(WORKERS) --dist worksteal -m "not alone" --summary benchmarks/results/gpu-test.json $(TESTS)
 	$(PYTHON) -m pytest -m alone --summary benchmarks/results/gpu-test-alone.json $(TESTS) || [ $$? -eq 5 ]
 
-# On a machine with a Hopper GPU: compute-sanitizer over the shift kernel's forms; the logs are kept.
+# On a machine with a Hopper GPU: compute-sanitizer over the forms of the kernels for it; the logs are kept.  Triton asks the driver
+# for more shared memory than a watched kernel may have, and does with less: no error of the kernel's.
 sanitize: $(patsubst %,benchmarks/results/sanitizer-%.txt,memcheck racecheck initcheck)
 benchmarks/results/sanitizer-%.txt: FORCE
-	compute-sanitizer --tool $* --kernel-regex kns=tconv --error-exitcode 1 $(PYTHON) tests/sanitized.py > $@ 2>&1
+	compute-sanitizer --tool $* --show-backtrace no $(if $(filter memcheck,$*),--report-api-errors no) --kernel-regex kns=tconv --error-exitcode 1 $(PYTHON) tests/sanitized.py > $@ 2>&1
 
 # The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2`, by estimate 50
 # minutes on two H200s.  One that was stopped goes on with RESUME=--resume.

@@ -23,8 +23,8 @@ LEAST_STAGES, MOST_STAGES = 4, 6
 # How much more pixels, those beyond the end of a line included, may be multiplied than there are.
 MOST_PADDED = 1.1
 # The input is read once for each tile of columns, mostly from the L2: at most so many times the bytes that input and output have, by
-# bytes of an element.
-MOST_READ = {2: 2.5, 4: 1.8}
+# layout and bytes of an element.
+MOST_READ = {("width", 2): 3.5, ("channels", 2): 2.5, ("width", 4): 1.8, ("channels", 4): 1.8}
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def choose(
     size, best = joined(stride, input_size), None
     for tile in _candidates(stride, c_in, c_out, size, dtype, layout):
         walked = walk(tile, batch, c_out, size, processors)
-        if walked.columns > processors or walked.columns * c_in > MOST_READ[tile.size] * (c_in + c_out * prod(stride)):
+        if walked.columns > processors or walked.columns * c_in > MOST_READ[layout, tile.size] * (c_in + c_out * prod(stride)):
             continue
         if best is None or walked.grid > best[0]:
             best = walked.grid, tile

@@ -35,7 +35,7 @@ BLOCKS = {
     "blocks": ((4, 128, 64, 64), (128, 64, 2, 2), dict(stride=2), False),
     "blocks, channels_last": ((4, 128, 64, 64), (128, 64, 2, 2), dict(stride=2), True),
     "blocks, several rows in a box": ((2, 72, 10, 16, 8), (72, 40, 2, 2, 2), dict(stride=2), False),
-    "blocks, rows beside the end of a box": ((4, 64, 24, 24), (64, 32, 4, 4), dict(stride=4), True),
+    "blocks, rows beside the end of a box": ((4, 64, 24, 60), (64, 32, 4, 4), dict(stride=4), True),
 }
 TOLERANCE = {"bf16": 1e-2, "tf32": 2e-3, "fp32": 2e-6}  # of the largest element; what the errors are other tests say
 
@@ -58,7 +58,7 @@ def main() -> int:
             with dispatch.without(*others, "aten"):
                 plan = tconv.explain(*tensors, **options).passes[0].plan
                 y = getattr(tconv, f"conv_transpose{len(size) - 2}d")(*tensors, **options)
-            error = ((y.double().cpu() - exact).abs().max() / exact.abs().max()).item()
+            error = ((y.cpu().double() - exact).abs().max() / exact.abs().max()).item()
             good = plan.family == family and error < tolerance
             wrong += not good
             what = plan.config.describe() if plan.family == family else plan.reason
