@@ -20,6 +20,7 @@ BOXES = (128, 64, 32, 16)  # pixels
 LEAST_LAST = {2: 32, 4: 16}  # of those in channels_last, by bytes of an element
 TILES = ((64, 128), (128, 64), (64, 64))  # pixels and columns, as they were quickest (docs/kernels.md)
 LEAST_STAGES, MOST_STAGES = 4, 6
+MOST_PIXELS = 1 << 30  # of a batch: kernels.blocks counts them in 32 bits
 # How much more pixels, those beyond the end of a line included, may be multiplied than there are.
 MOST_PADDED = 1.1
 # The input is read once for each tile of columns, mostly from the L2: at most so many times the bytes that input and output have, by
@@ -110,7 +111,7 @@ def walk(tile: Blocks, batch: int, c_out: int, size, processors: int) -> Walk:
         across = cdiv(tile.stride[2] * c_out, tile.chunk)
         columns = cdiv(tile.stride[0] * tile.stride[1] * across, tile.columns // tile.chunk)
     grid = columns * max(1, min(processors // columns, cdiv(tiles, 2)))
-    return Walk(tiles, columns, across, lines, length, boxes, width if whole else 1 << 30, grid)
+    return Walk(tiles, columns, across, lines, length, boxes, width if whole else MOST_PIXELS, grid)
 
 
 def takes(geometry: Geometry) -> bool:
@@ -150,10 +151,10 @@ def _candidates(stride, c_in: int, c_out: int, size, dtype: str, layout: str) ->
                 fits = chunk % stride[2] == 0 and columns // taps * (stride[1] if element == 2 else 1) >= 8
                 # A bulk copy begins at a multiple of 16 bytes, also in its tensor.
                 fits = fits and (width < box or width * element % 16 == 0)
-                padded = prod(size) if width < box else cdiv(width, box) * box * prod(size[:2])
+                padded = cdiv(prod(size), box) * box if width < box else cdiv(width, box) * box * prod(size[:2])
             else:
                 row = stride[2] * c_out
-                chunk = next((n for n in (line, line // 2) if row % n == 0), line)
+                chunk = next((n for n in (line, line // 2, line // 4) if row % n == 0), line)
                 fits = width >= box >= LEAST_LAST[element]
                 padded = cdiv(width, box) * box * prod(size[:2])
             if not fits or chunk * element < 32 or padded > MOST_PADDED * prod(size):
@@ -174,7 +175,9 @@ def choose(
     size, best = joined(stride, input_size), None
     for tile in _candidates(stride, c_in, c_out, size, dtype, layout):
         walked = walk(tile, batch, c_out, size, processors)
-        if walked.columns > processors or walked.columns * c_in > MOST_READ[layout, tile.size] * (c_in + c_out * prod(stride)):
+        if walked.columns > processors or walked.columns * c_in > MOST_READ[layout, tile.size] * (
+            c_in + c_out * prod(stride)
+        ):
             continue
         if best is None or walked.grid > best[0]:
             best = walked.grid, tile

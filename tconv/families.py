@@ -58,7 +58,7 @@ LEFT_READ = 64  # products for each element of an output's gradient
 # kernelbench's weights' gradients 0.6 to 1.0 times theirs, from 64 on 0.83 to 1.3.
 LEFT_CHANNELS = 64
 # In 16 bits and channels_last, without a bias (cuDNN's time over the shift kernel's): k4 s2 and k3 s2 of 512 to 2048 channels 0.81 to 1.08
-# (eleven layers, geometric mean 0.95), k3x5 and 3-d k3 of 64 to 128 channels 0.79 and 0.88; with a bias torch adds a pass.
+# (nine layers of 1024 pixels and more, geometric mean 0.93; 1.04 and 1.05 of 256 and 64 pixels), k3x5 and 3-d k3 of 64 to 128 channels 0.79 and 0.88; with a bias torch adds a pass.
 LONG_SUMS, WIDE_OUTPUTS = 512, 128
 SMALL_IMAGE, MANY_PIXELS = 36, 4096  # pixels of an image, and of a batch that fills a GPU
 
@@ -102,8 +102,8 @@ def left_images(asked: Asked) -> Plan | str:
 
 
 def left_long_sums(asked: Asked) -> Plan | str:
-    """Forward passes in 16 bits, channels_last and without a bias, in which the multiplication decides, are left to aten: those of
-    strides whose taps overlap, of LONG_SUMS channels, and those without strides, of many taps to WIDE_OUTPUTS channels."""
+    """Forward passes in 16 bits, channels_last and without a bias, in which the multiplication decides, are left to aten: of more pixels
+    than the column kernels have, those of strides whose taps overlap, of LONG_SUMS channels, and those without strides, of many taps to WIDE_OUTPUTS channels."""
     p, g = asked.problem, asked.problem.geometry
     if (
         not _may_leave(asked)
@@ -114,10 +114,11 @@ def left_long_sums(asked: Asked) -> Plan | str:
         or not p.channels_last
         or p.destination == "width"
         or not p.dense
+        or p.pixels <= columns.MOST_PIXELS
     ):
         return ""
     if max(g.stride) == 1:
-        left = g.taps >= shift.LONG and p.c_in >= shift.WIDE and p.c_out >= WIDE_OUTPUTS
+        left = g.taps > shift.LONG and p.c_in >= shift.WIDE and p.c_out >= WIDE_OUTPUTS
     else:
         left = p.c_in >= LONG_SUMS and p.c_out >= shift.WIDE and all(a.kernel > a.stride for a in g.axes)
     return Plan("aten", LEFT["sums"]) if left else ""
@@ -284,7 +285,10 @@ def reading_weight(asked: Asked) -> Plan | str:
     quicker = isinstance(choice, shift.Choice) and choice.time(weight) < columns.measured(
         time, p.pixels, p.dtype.itemsize
     )
-    if quicker and not (left_product(asked) or left_images(asked)):  # which are asked before the shift kernel
+    left = not isinstance(blocked(asked), Plan) and (
+        left_product(asked) or left_images(asked)
+    )  # before the shift kernel
+    if quicker and not left:
         return "the shift kernel is quicker than reading the weight"
     return Plan("columns", f"{asked.why}: reading the weight takes the time", asked.how, tile, splits)
 
@@ -303,12 +307,10 @@ def blocked(asked: Asked) -> Plan | str:
         return "the block kernel is left out"
     layout = "channels" if p.channels_last else "width"
     same = p.source == p.destination == "width" or (p.channels_last and p.destination in ("channels", "vectors"))
-    lies = asked.how == "tf32" or p.weight == {"width": "taps", "channels": "pieces"}[layout]
-    if (
-        asked.how not in ("half", "tf32")
-        or not (same and p.dense and p.aligned and lies)
-        or p.c_in < shift.LEAST_CHANNELS
-    ):
+    # Of one tap channels lie side by side either way.
+    lies = p.weight == "pieces" if p.channels_last or p.geometry.taps == 1 else p.weight == "taps"
+    lies = asked.how == "tf32" or (asked.how == "half" and lies)
+    if not (lies and same and p.dense and p.aligned) or p.c_in < shift.LEAST_CHANNELS or p.pixels >= blocks.MOST_PIXELS:
         return "not what the block kernel's bulk copies take"
     sizes = p.batch, p.c_in, p.c_out, p.input_size
     stride = sizes3(p.geometry.kernel)

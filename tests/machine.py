@@ -125,6 +125,9 @@ class Descriptor:
 
     def __init__(self, memory, facts):
         self.memory, (self.shape, self.strides, self.box, _, *more) = memory, facts
+        at = memory.t.data_ptr(), *(n * memory.size for n in self.strides[:-1])
+        assert not any(n % 16 for n in at), "bulk copies take addresses and strides of whole 16 bytes"
+        assert self.strides[-1] == 1 and max(self.box) <= 256 and len(self.box) <= 5
         self.rounds = more == ["zero", True]  # to TF32
 
     def _places(self, corner):

@@ -105,7 +105,7 @@ def compare(title, function, *args) -> bool:
     # Who begins before the launch ahead has ended waits for it by itself, and nobody else does; nor does the first.  Copies for
     # aten are passes of their own.
     waits = [
-        i > 0 and "left" not in title and name.startswith(("tconv_shift", "tconv_arrange"))
+        i > 0 and "left" not in title and name.startswith(("tconv_shift", "tconv_blocks", "tconv_arrange"))
         for i, name in enumerate(kernels)
     ]
     apart = [name for name, own, args in zip(kernels, waits, before) if args[6] != str(own)]
@@ -139,12 +139,15 @@ def main() -> int:
         ("few outputs", (4, 64, 32, 32), 1, torch.float32, False),
         ("few outputs", (4, 63, 32, 31), 1, torch.bfloat16, True),
         ("long strides", (2, 21, 16, 16), 21, torch.float16, False),
+        ("blocks", (2, 64, 64, 64), 1, torch.bfloat16, False),
+        ("blocks", (2, 64, 64, 64), 1, torch.float32, True),
         ("rounded by copies", (2, 64, 64, 64), 1, torch.float32, True),
     ):
         n = len(size) - 2
         stride = {"staged and folded": 4, "long strides": 32}.get(title, 2)
         kernel = 64 if title == "long strides" else 4
-        geometry = Geometry((kernel,) * n, (stride,) * n, (1,) * n, (0,) * n, groups, (1,) * n)
+        kernel, padding = (2, 0) if title == "blocks" else (kernel, 1)
+        geometry = Geometry((kernel,) * n, (stride,) * n, (padding,) * n, (0,) * n, groups, (1,) * n)
         form = {2: torch.channels_last, 3: torch.channels_last_3d}[n] if last else torch.contiguous_format
         x = torch.randn(size).to(dtype).contiguous(memory_format=form)
         c_out = {

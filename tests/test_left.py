@@ -27,13 +27,14 @@ DENSE, DEPTHWISE = by_id("2d_k4s2p1"), by_id("2d_depthwise")
 
 def plans(case, dtype, target, tf32, monkeypatch, last=False):
     """The plan of each pass of a case."""
-    input, weight, _, grad = make(case, dtype, "cpu", last)
+    input, weight, bias, grad = make(case, dtype, "cpu", last)
     geometry = tconv.explain(input, weight, **case.layer).geometry
     found = {}
     for name in PASSES:
         source, destination = (grad, input) if name == "backward_input" else (input, grad)
         monkeypatch.setattr(launch, "allow_tf32", lambda: tf32)
-        problem = launch.make_problem(name, geometry, input.shape, grad.shape[1], source, destination)
+        of_forward = (weight, bias) if name == "forward" else ()
+        problem = launch.make_problem(name, geometry, input.shape, grad.shape[1], source, destination, *of_forward)
         found[name] = dispatch.plan(problem, target)
     return found
 
@@ -88,6 +89,9 @@ def test_forward_in_channels_last(case, dtype, left, monkeypatch):
     "change, left",
     [
         ({}, True),
+        (dict(aligned=True), False),  # the block kernel's, as the next ones
+        (dict(aligned=True, dtype=torch.float32), False),
+        (dict(aligned=True, source="vectors", destination="vectors"), False),
         (dict(source="vectors", destination="vectors"), False),
         (dict(geometry=Geometry((1, 1), (2, 2), (0, 0), (0, 0), 1, (1, 1))), False),
         (dict(geometry=Geometry((1, 1), (1, 1), (1, 0), (0, 0), 1, (1, 1))), False),
@@ -100,12 +104,13 @@ def test_forward_in_channels_last(case, dtype, left, monkeypatch):
 def test_products_of_contiguous_matrices(change, left):
     geometry = Geometry((1, 1), (1, 1), (0, 0), (0, 0), 1, (1, 1))
     facts = dict(geometry=geometry, batch=4, c_in=128, c_out=256, input_size=(180, 180), dtype=torch.float16, tf32=True)
-    plan = dispatch.plan(Problem("forward", **(facts | dict(source="width", weight="taps") | change)), HOPPER)
+    plan = dispatch.plan(Problem("forward", **(facts | dict(source="width", weight="pieces") | change)), HOPPER)
     assert (plan.family == "aten") == left, plan
+    assert (plan.family == "blocks") == change.get("aligned", False)
 
 
 K4S2 = Geometry((4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1))
-K3 = Geometry((3, 3), (1, 1), (0, 0), (0, 0), 1, (1, 1))
+K3X5 = Geometry((3, 5), (1, 1), (0, 0), (0, 0), 1, (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +124,10 @@ K3 = Geometry((3, 3), (1, 1), (0, 0), (0, 0), 1, (1, 1))
         (dict(c_out=32), False),
         (dict(dense=False), False),
         (dict(geometry=Geometry((2, 2), (2, 2), (0, 0), (0, 0), 1, (1, 1))), False),  # no taps overlap
-        (dict(geometry=K3, c_in=64, c_out=128), True),
-        (dict(geometry=K3, c_in=64, c_out=64), False),
+        (dict(geometry=K3X5, c_in=64, c_out=128), True),
+        (dict(geometry=K3X5, c_in=64, c_out=64), False),
+        (dict(geometry=Geometry((3, 3), (1, 1), (0, 0), (0, 0), 1, (1, 1)), c_in=64, c_out=128), False),  # not measured
+        (dict(batch=1), False),
         (dict(geometry=Geometry((1, 1), (1, 1), (0, 0), (0, 0), 1, (1, 1)), c_in=64, c_out=128), False),
         (dict(batch=1, input_size=(2, 2)), False),  # the column kernels'
     ],
