@@ -41,10 +41,10 @@ def _product(p):
 @gluon.jit
 def _line(box, sizes, p: gl.constexpr):
     """Of a box of pixels: its image, its line in that, and its first pixel in that."""
-    chunks, lines = sizes[2], sizes[3]
-    line = box // chunks
+    boxes, lines = sizes[2], sizes[3]
+    line = box // boxes
     n = line // lines
-    return n, line - n * lines, (box - line * chunks) * p.box
+    return n, line - n * lines, (box - line * boxes) * p.box
 
 
 @gluon.jit
@@ -197,7 +197,7 @@ def _multiply(y, bias, ring, weights, buffers, full, empty, w_full, sizes, GROUP
 
 
 # The run-time scalars, in the order in which the parts of the kernel find them in `sizes`.
-SCALARS = "tiles blocks chunks lines length height wrap depth across c_out rows columns has_bias".split()
+SCALARS = "tiles blocks boxes lines length height wrap depth across c_out rows columns has_bias".split()
 
 
 def _name(specialization):
@@ -207,9 +207,16 @@ def _name(specialization):
 
 @gluon.jit(repr=_name, do_not_specialize=SCALARS)
 def blocks_forward(
-    x, w, bias, y, tiles, blocks, chunks, lines, length, height, wrap, depth, across, c_out, rows, columns, has_bias, p: gl.constexpr
+    x, w, bias, y, tiles, blocks, boxes, lines, length, height, wrap, depth, across, c_out, rows, columns, has_bias, p: gl.constexpr
 ):  # fmt: skip
-    sizes = (tiles, blocks, chunks, lines, length, height, wrap, depth, across, c_out, rows, columns, has_bias)
+    """y = conv_transpose3d(x, w) + bias of kernel = stride; `p` is a tconv.blocks.Blocks.  x [image, channel, pixel] or [pixel, channel],
+    w [channel, column], [channel, row of the block, column in it] or at TF32 packed by pack_weight ([place and output channel,
+    channel], `rows` of a place), y [image, channel, row, pixel] or [row, input pixel, place in the row and channel].
+
+    tiles, columns: how many of pixels, and of columns.  blocks: of p.kb input channels.  A line has `length` pixels in so many boxes, an
+    image so many lines, `depth` planes of `height` rows; where a line is an image, `wrap` is the width.  across: chunks of a row
+    of the block, where channels are neighbours."""
+    sizes = (tiles, blocks, boxes, lines, length, height, wrap, depth, across, c_out, rows, columns, has_bias)
     if p.layout == "width":
         ring = gl.allocate_shared_memory(_element(p), [p.stages * 2, p.kb, p.pixels], _swizzled(p.box, p.size))
     else:
