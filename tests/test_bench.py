@@ -317,6 +317,17 @@ def test_results_merge():
     assert report.heads(new) == [new["head"]]
 
 
+def test_failures_in_short():
+    bad = [
+        row(c, p, status=s, ms=None)
+        for c, p, s in (("a", "tconv", "wrong"), ("b", "tconv", "wrong"), ("c", "", "timeout"))
+    ]
+    bad.append(row("a", status="wrong", ms=None, **{"pass": "training"}))
+    found = report.sections({"head": {}, "rows": [row("d"), row("d", "cudnn"), *bad]}, summary=True)
+    tables = {title: lines for title, _, lines in found}
+    assert tables["Not timed"] == [["a, b", "tconv", "wrong", "3"], ["c", "", "timeout", "1"]]
+
+
 def test_report_into_a_page(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

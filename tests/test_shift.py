@@ -380,7 +380,8 @@ class Case:
     def problem(self, precision, source="width", destination="width", vector=1):
         dtype = getattr(torch, precision, torch.float32)
         sizes = self.input[0], self.input[1], self.weight[1], self.input[2:]
-        return Problem("forward", self.geometry, *sizes, dtype, precision == "tf32", source, destination, vector)
+        facts = self.geometry, *sizes, dtype, precision == "tf32", source, destination, vector
+        return Problem("forward", *facts, bias=True)
 
     def is_taken(self, precision, destination="width"):
         """Whether the shift kernel has its precision."""
@@ -505,10 +506,10 @@ def test_what_is_read_often_is_copied_first(dtype, source, vector, dense, releas
 def test_small_grids_are_filled_by_parts_of_the_sums():
     sizes = geometry(2, 4, 2, 1), 1, 1024, 256, (16, 16)
     for dtype, source in itertools.product((torch.float32, torch.bfloat16), ("width", "vectors")):
-        chosen = plan(Problem("forward", *sizes, dtype, True, source, source, 16), TARGET)
+        chosen = plan(Problem("forward", *sizes, dtype, True, source, source, 16, bias=True), TARGET)
         assert chosen.family == "shift" and chosen.splits > 1 and chosen.config.partial
         assert not chosen.config.resident and chosen.config.dst_size == 4
-        many = plan(Problem("forward", sizes[0], 32, *sizes[2:], dtype, True, source, source, 16), TARGET)
+        many = plan(Problem("forward", sizes[0], 32, *sizes[2:], dtype, True, source, source, 16, bias=True), TARGET)
         assert many.splits == 1 and not many.config.partial
 
 

@@ -257,9 +257,19 @@ def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tu
     for model in result.get("models") or ():
         tables += model_sections(model)
     bad = failures(rows)
-    if bad:
+    if bad and summary:
+        tables.append(("Not timed", ["cases", "provider", "status", "results"], counted(bad)))
+    elif bad:
         tables.append(("Not timed", ["case", "provider", "status", "why"], bad))
     return tables
+
+
+def counted(bad: list[list[str]]) -> list[list[str]]:
+    """`failures` in short: of each provider and status the layers' names, and how many results."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for case, provider, status, _ in bad:
+        found.setdefault((provider, status), []).append(case.split()[0])
+    return [[", ".join(dict.fromkeys(names)), *key, str(len(names))] for key, names in found.items()]
 
 
 def model_sections(model: dict) -> list[tuple[str, list[str], list[list[str]]]]:
