@@ -46,8 +46,8 @@ sanitize: $(patsubst %,benchmarks/results/sanitizer-%.txt,memcheck racecheck ini
 benchmarks/results/sanitizer-%.txt: FORCE
 	compute-sanitizer --tool $* --show-backtrace no $(if $(filter memcheck,$*),--report-api-errors no) --kernel-regex kns=tconv --error-exitcode 1 $(PYTHON) tests/sanitized.py > $@ 2>&1
 
-# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=2`, by estimate 50
-# minutes on two H200s.  One that was stopped goes on with RESUME=--resume.
+# The published results, made on a machine with GPUs and torch already installed: `make results GPUS=4`, by estimate half
+# an hour on four H200s.  One that was stopped goes on with RESUME=--resume.
 RESULTS := $(patsubst %,benchmarks/results/%.json,forward-tf32-bf16 forward-fp16-fp32 gradients-tf32-bf16 gradients-fp16-fp32)
 GPUS ?= 1
 BENCH = $(PYTHON) -m tconv.bench --plain --quick --gpus $(GPUS) $(RESUME) --provider tconv cudnn cudnn-default cudnn-nhwc-convert \

@@ -36,7 +36,7 @@ class Asked:
 # zoo under Triton 3.9, 0.95 in NCHW, 1.45 times cuDNN's speed in channels_last); so are depthwise weights'.  Weights' in IEEE fp32: that half.  Forward:
 # groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
 # and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32); and products
-# of contiguous matrices: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
+# of contiguous matrices, where the block kernel does not take them: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
 # to 1.6, TF32 0.97 to 1.36; 0.4 in IEEE fp32); and many images of at most 6x6 pixels in
 # channels_last whose taps overlap, since a tile has zeros between them: DreamerV3's 4x4 1.5 and 1.6, Wav2Lip's 6x6 1.0 in bf16 and
 # 1.25 at TF32 (its 3x3 and DCGAN's 4x4, of 1152 and 1024 pixels, 0.8 to 1.1; 8x8 0.8 to 1.05, and 0.5 for SimpleBaseline's long sums

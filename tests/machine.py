@@ -8,7 +8,7 @@ store an element twice, or end before what bulk stores read has been read.  Shar
 copy has begun to overwrite; a bulk store reads it at any time until it is waited for.
 
 It knows nothing of layouts, registers and proxies: where swizzled pixels lie (`_rows` and `_view`, which it replaces) and
-what a fence is for, only a GPU can tell.
+what a fence is for, only a GPU can tell.  Of the block kernel's shared memory it knows in which order lines lie.
 """
 
 import builtins
