@@ -22,7 +22,7 @@ import triton
 
 import tconv.kernels
 from tconv import launch as launcher
-from tconv import shift
+from tconv import blocks, shift
 from tconv.configs import Target
 from tconv.geometry import Geometry
 
@@ -252,7 +252,7 @@ def overlapping(launch) -> list[str]:
     if launch["kernel"] == "shift":
         return ["wait"]
     if launch["kernel"] == "blocks_forward":
-        return ["wait"] if launch["options"].get("launch_pdl") else []
+        return ["wait"] if eval(constants["p"], vars(blocks)).size == 4 else []  # for the packed weight
     if constants.get("OVERLAPS"):
         return ["launch_dependents", "wait"]
     return ["launch_dependents"] if constants.get("EARLY") else []
