@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import functional, launch
+from . import functional, launch, layouts
 from .dispatch import plan, refuse, target_of
 from .functional import as_int, as_tuple
 from .geometry import Geometry, check, make_geometry
@@ -144,7 +144,7 @@ def _explain_call(
         (batched.shape[0], c_out, *geometry.output_size(batched.shape[2:])),
         dtype=batched.dtype,
         device="meta",
-        memory_format=launch.memory_format(batched, weight),
+        memory_format=layouts.memory_format(batched, weight),
     )
     for name in PASSES:
         if reason is not None or batched.device.type == "meta":

@@ -14,7 +14,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake, register_vmap
 
-from . import aten, launch
+from . import aten, launch, layouts
 from .dispatch import PLAIN
 from .geometry import Geometry, make_geometry
 
@@ -137,12 +137,12 @@ def conv_transpose(input, weight, bias, *layer) -> torch.Tensor:
 @register_fake("tconv::conv_transpose", lib=library)
 def _(input, weight, bias, *layer):
     geometry = _geometry(weight.shape[2:], layer)
-    return launch.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * geometry.groups)
+    return layouts.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * geometry.groups)
 
 
 @register_fake("tconv::backward_input", lib=library)
 def _(grad_output, weight, input_size, *layer):
-    return launch.empty_output(grad_output, weight, input_size, weight.shape[0])
+    return layouts.empty_output(grad_output, weight, input_size, weight.shape[0])
 
 
 @register_fake("tconv::backward_weight", lib=library)
@@ -151,7 +151,7 @@ def _(grad_output, input, kernel_size, stride, padding, output_padding, groups, 
         (input.shape[1], grad_output.shape[1] // groups, *kernel_size),
         dtype=input.dtype,
         device=input.device,
-        memory_format=launch.memory_format(input, grad_output),
+        memory_format=layouts.memory_format(input, grad_output),
     )
 
 

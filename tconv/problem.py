@@ -59,7 +59,7 @@ class Problem:
     dense: bool = True  # whether both tensors fill their memory, contiguous or channels_last
     # Whether source and destination are channels_last, their channels and strides whole vectors of 16 elements.
     whole: tuple[bool, bool] = (False, False)
-    # Forward: how the weight lies (launch.order), or "pieces": output channels innermost, in whole 16 bytes.
+    # Forward: how the weight lies (layouts.order), or "pieces": output channels innermost, in whole 16 bytes.
     weight: str = "taps"
     # Forward: whether 16 bytes divide the addresses of input and weight, and the weight's stride from one input channel to the next.
     aligned: bool = False

@@ -7,7 +7,7 @@ multiply what is no TF32 value, access memory out of bounds, read what an earlie
 store an element twice, or end before what bulk stores read has been read.  Shared memory begins as NaN, and so does what a bulk
 copy has begun to overwrite; a bulk store reads it at any time until it is waited for.
 
-It knows nothing of layouts, registers and proxies: where swizzled pixels lie (`_rows` and `_view`, which it replaces) and
+It knows nothing of layouts, registers and proxies: where swizzled pixels lie (`ring_rows` and `ring_view`, which it replaces) and
 what a fence is for, only a GPU can tell.  Of the block kernel's shared memory it knows in which order lines lie.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from oracle import round_tf32
 
-from tconv.kernels import blocks, shift
+from tconv.kernels import blocks, hopper, shift
 from tconv.record import Described, Record
 
 LAYOUTS = (
@@ -414,7 +414,7 @@ def code(module, change):
 
 def namespace(machine, module, change):
     """That module with this machine in Gluon's place."""
-    beside = namespace(machine, shift, None) if module is blocks else {}
+    beside = namespace(machine, hopper, None) if module is not hopper else {}
 
     def decorator(*functions, **_):
         return functions[0] if functions else lambda function: function
@@ -449,7 +449,7 @@ def namespace(machine, module, change):
         **{"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"},
         **dict.fromkeys(LAYOUTS, anything),
     )
-    hopper = SimpleNamespace(
+    of_hopper = SimpleNamespace(
         fence_async_shared=anything,
         mbarrier=SimpleNamespace(
             MBarrierLayout=anything,
@@ -464,7 +464,7 @@ def namespace(machine, module, change):
         warpgroup_mma=machine.multiply,
         warpgroup_mma_wait=machine.multiply_wait,
     )
-    language = SimpleNamespace(nvidia=SimpleNamespace(hopper=hopper), **vars(gl))
+    language = SimpleNamespace(nvidia=SimpleNamespace(hopper=of_hopper), **vars(gl))
     gluon = SimpleNamespace(jit=decorator, language=language)
     triton = SimpleNamespace(
         __version__="3.9.0",
@@ -475,7 +475,7 @@ def namespace(machine, module, change):
     )
 
     def imported(name, scope=None, local=None, wanted=(), level=0):
-        if level and name == "shift":
+        if level and name == "hopper":
             return SimpleNamespace(**beside)
         if level or name.split(".")[0] != "triton":
             return builtins.__import__(name, scope, local, wanted, level)
@@ -505,8 +505,8 @@ def namespace(machine, module, change):
         # The last pixels may be the next stage's, of which nothing is stored.
         return Shared(flat[begin : begin + p.pixels].T, own=(int(stage) + 1) * p.pitch - begin)
 
-    if module is shift:
-        scope |= {"_rows": rows, "_view": view}
+    if module is hopper:
+        scope |= {"ring_rows": rows, "ring_view": view}
     return scope
 
 

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tconv import dispatch, launch, record
+from tconv import dispatch, launch, layouts, record
 from tconv.configs import Target
 from tconv.geometry import Geometry
 
@@ -159,7 +159,7 @@ def main() -> int:
         w = torch.randn(size[1], c_out // groups, *geometry.kernel).to(dtype)
         w = w.contiguous(memory_format=form) if "as it lies" in title else w
         bias = torch.randn(c_out).to(dtype)
-        y = launch.empty_output(x, w, geometry.output_size(size[2:]), c_out).zero_()
+        y = layouts.empty_output(x, w, geometry.output_size(size[2:]), c_out).zero_()
         good &= compare(f"{title} forward", launch.forward, x, w, bias, geometry)
         good &= compare(f"{title} forward without bias", launch.forward, x, w, None, geometry)
         good &= compare(f"{title} backward_input", launch.backward_input, y, w, size[2:], geometry)
@@ -197,7 +197,7 @@ def main() -> int:
     # A tensor that plays two parts leaves no record: in a later call, two may.  Overlapping rows take no bulk copies.
     launch.backward_weight(x, x, Geometry((3, 3), (1, 1), (1, 1), (0, 0), 1, (1, 1)))
     overlapping = torch.randn(8, 64, 144).half().unfold(2, 64, 1)
-    assert launch.vector(overlapping, "width") == 1
+    assert layouts.vector(overlapping, "width") == 1
     if len(record._records) != len(calls) + 1:
         print(f"{len(record._records)} records of {len(calls) + 1} kinds of call")
         good = False

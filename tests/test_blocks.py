@@ -10,15 +10,17 @@ from oracle import ATEN, assert_no_worse, errors, oracle, round_tf32
 from samples import TCONV
 from test_machine import LAST, assert_near
 
-from tconv import blocks, dispatch, explain, launch
+from tconv import blocks, dispatch, explain, launch, layouts
 from tconv.configs import Target
 from tconv.geometry import Geometry, sizes3
+from tconv.launches.blocks import forward
 from tconv.problem import Plan
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for that")
 on_hopper = pytest.mark.skipif(not GPU, reason="needs a Hopper GPU")
 DTYPES = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FEW = Target("interpreter", 0, 5)  # processors: so that each CTA has several tiles
 TARGET = Target("cuda", 90, 132, (3, 9), ("columns", "few"))
 
 # name: (input, output channels, kernel)
@@ -76,25 +78,19 @@ def run(name, dtype, last, tile, seed=0, change=None, with_bias=True):
     torch.manual_seed(seed)
     (x, w, bias), g = draw(name, dtype, last), geometry(LAYERS[name][2])
     bias = bias if with_bias else None
-    y = launch.empty_output(x, w, g.output_size(x.shape[2:]), w.shape[1]).fill_(torch.nan)
+    y = layouts.empty_output(x, w, g.output_size(x.shape[2:]), w.shape[1]).fill_(torch.nan)
     noted = Emulated(x, w, bias, y, seed=seed, change=change)
-    launch.forward_blocks(noted, Plan("blocks", "", "", tile), x, w, bias, y)
+    forward(noted, Plan("blocks", "", "", tile), FEW, x, w, bias, y)
     if dtype == "tf32":
         x, w = round_tf32(x), round_tf32(w)
     return y, ATEN[g.ndim](x.double(), w.double(), None if bias is None else bias.double(), stride=g.stride)
-
-
-@pytest.fixture
-def few_processors(monkeypatch):
-    """So that each CTA has several tiles."""
-    monkeypatch.setattr(launch, "target_of", lambda device: Target("interpreter", 0, 5))
 
 
 @on_cpu
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", ("tf32", "bf16"))
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_kernel_makes_the_convolution(name, dtype, last, few_processors, monkeypatch):
+def test_the_kernel_makes_the_convolution(name, dtype, last, monkeypatch):
     if last and len(LAYERS[name][2]) == 1:
         pytest.skip("1-d tensors have no channels_last")
     found = tiles(name, dtype, last, monkeypatch)
@@ -108,7 +104,7 @@ CHANGES = {
     "a stage is used again when it has been read": ("mbarrier.wait(empty.index(s)", "mbarrier.wait(full.index(s)"),
     "products wait for their stage": ("mbarrier.wait(full.index(s), i // p.stages & 1)", "pass"),
     "products wait for the weights": ("    mbarrier.wait(w_full.index(0), 0)\n", ""),
-    "packed weights are waited for": ("_await_launches(blocks)", "pass"),
+    "packed weights are waited for": ("await_launches(blocks)", "pass"),
     "a tile is read from the buffer before the next one": ("    tma.store_wait(0)\n    barrier()", "    barrier()"),
     "the last tile leaves the buffer": ("    tma.store_wait(0)\n\n\n#", "\n\n#"),
     "16-bit products are done before their stage is used again": (
@@ -117,7 +113,7 @@ CHANGES = {
     ),
     "the stage of the last product is kept": ("empty.index(before), count=1, pred", "empty.index(s), count=1, pred"),
     "fp32 is rounded": (
-        "_round(a.load(gl.DotOperandLayout(0, layout, 1)))",
+        "round_to_tf32(a.load(gl.DotOperandLayout(0, layout, 1)))",
         "a.load(gl.DotOperandLayout(0, layout, 1))",
     ),
 }
@@ -125,7 +121,7 @@ CHANGES = {
 
 @on_cpu
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_stand_in_notices(change, few_processors, monkeypatch):
+def test_the_stand_in_notices(change, monkeypatch):
     """Each of these would be a race, a hang or a wrong result on a GPU."""
     name, dtype = ("k4", "bf16") if "stage" in change and "product" in change else ("rows", "tf32")
     tile = dataclasses.replace(tiles(name, dtype, False, monkeypatch)[0], stages=2)
@@ -138,7 +134,7 @@ def problem_of(name, dtype, last, **more):
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     x, w, _ = draw(name, dtype, last)
     g = geometry(LAYERS[name][2])
-    y = launch.empty_output(x, w, g.output_size(x.shape[2:]), w.shape[1])
+    y = layouts.empty_output(x, w, g.output_size(x.shape[2:]), w.shape[1])
     return dataclasses.replace(launch.make_problem("forward", g, x.shape, w.shape[1], x, y, w), **more)
 
 

@@ -10,7 +10,7 @@ from oracle import ATEN, errors, passes
 from test_passes import CASES, TCONV, Case, by_id, make
 
 import tconv
-from tconv import aten, dispatch, families, launch, problem, record
+from tconv import aten, dispatch, families, launch, layouts, left, problem, record
 from tconv.bench import worker
 from tconv.configs import Target
 from tconv.geometry import Geometry
@@ -242,7 +242,7 @@ def test_gradients(case, last, device, leaving, monkeypatch):
             launch.backward_input(grad, weight, input.shape[2:], layer),
             launch.backward_weight(grad, input, layer),
         )
-        formats = launch.memory_format(grad, weight), launch.memory_format(input, grad)
+        formats = layouts.memory_format(grad, weight), layouts.memory_format(input, grad)
         for actual, expected, format in zip(results, exact[1:3], formats):
             promised = torch.empty(expected.shape, dtype=input.dtype, memory_format=format)
             assert (actual.dtype, actual.shape, actual.stride()) == (promised.dtype, promised.shape, promised.stride())
@@ -320,8 +320,8 @@ def test_kernels_compile_without_aten(case, device, leaving):
 @pytest.fixture
 def copied(monkeypatch):
     """The shapes of what is copied, with TF32's copies as 16 bits have them."""
-    shapes, made = [], launch.channels_last
-    monkeypatch.setattr(launch, "channels_last", lambda t: shapes.append(t.shape) or made(t))
+    shapes, made = [], left.channels_last
+    monkeypatch.setattr(left, "channels_last", lambda t: shapes.append(t.shape) or made(t))
     monkeypatch.setattr(families, "LEFT_READ", 0)
     monkeypatch.setattr(families, "LEFT_CHANNELS", 0)
     dispatch.plan.cache_clear()

@@ -12,9 +12,10 @@ from oracle import ATEN, round_tf32
 from test_shift import GEOMETRIES
 
 import tconv.kernels.shift as kernels
-from tconv import launch, shift
+from tconv import shift
 from tconv.configs import Target
 from tconv.geometry import sizes3
+from tconv.launches.shift import forward
 from tconv.problem import Plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for that")
@@ -23,10 +24,7 @@ DTYPES = {"tf32": torch.float32, "tf32x3": torch.float32, "bf16": torch.bfloat16
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
-@pytest.fixture(autouse=True)
-def few_processors(monkeypatch):
-    """So that each CTA has several tiles."""
-    monkeypatch.setattr(launch, "target_of", lambda device: Target("interpreter", 0, 2))
+FEW = Target("interpreter", 0, 2)  # processors: so that each CTA has several tiles
 
 
 def kinds(g, dtype, c_in, c_out, columns, partial=False):
@@ -85,7 +83,7 @@ def run(
     w = w.movedim(1, -1).contiguous().movedim(-1, 1) if tile.raw else w
     precision = "half" if dtype == "bf16" else dtype
     noted = Emulated(x, w, bias, y, seed=seed, change=change)
-    launch.forward_shift(noted, Plan("shift", "", precision, tile, splits, arranged=arranged), x, w, bias, y, g)
+    forward(noted, Plan("shift", "", precision, tile, splits, arranged=arranged), FEW, x, w, bias, y, g)
     if dtype == "tf32":
         x, w = round_tf32(x), round_tf32(w)
     options = dict(
@@ -244,16 +242,16 @@ CHANGES = {
     "weights are not waited for": ("mbarrier.wait(w_full.index(slot), j // p.slots & 1)", "pass"),
     "a slot is freed before its product is done": ("accs = _wait(accs, 1, p)", "pass"),
     "a stage is never freed": ("mbarrier.arrive(x_empty.index(s), count=1)\n", "pass\n"),
-    "the input is not rounded": ("to.store(_round(v))", "to.store(v)"),
+    "the input is not rounded": ("to.store(round_to_tf32(v))", "to.store(v)"),
     "channels beyond the input's are read": ("& (c < c_in)[None, :]", "& (c >= 0)[None, :]"),
     "columns beyond the useful ones are stored": ("ok & (column < p.useful * UNIT)", "ok"),
 }  # fmt: skip
 
 
 AWAITED = {
-    "streamed weights": ("    _await_launches(sizes[4])\n    i = 0\n", "    i = 0\n", False),
-    "resident weights": ("            _await_launches(tiles)\n", "", True),
-    "a copy of the input": ("        _await_launches(sizes[4])\n    if p.how", "        pass\n    if p.how", True),
+    "streamed weights": ("    await_launches(sizes[4])\n    i = 0\n", "    i = 0\n", False),
+    "resident weights": ("            await_launches(tiles)\n", "", True),
+    "a copy of the input": ("        await_launches(sizes[4])\n    if p.how", "        pass\n    if p.how", True),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from oracle import ATEN, assert_no_worse, errors, oracle, passes
 
 import tconv
-from tconv import dispatch, launch
+from tconv import dispatch, launch, layouts
 from tconv.configs import Target
 
 explain = sys.modules["tconv.explain"]  # the module, not the function of its name
@@ -329,14 +329,14 @@ def test_memory_format_is_what_torch_suggests():
             strides[i] = rng.choice((step, step, step, rng.randrange(9)))
             step = strides[i] * max(1, sizes[i]) + rng.choice((0, 0, 0, 1))
         t = torch.empty_strided(sizes, strides, device="meta")
-        assert launch.memory_format(t) == suggest_memory_format(t), (sizes, strides)
-        suggested.add(launch.memory_format(t))
+        assert layouts.memory_format(t) == suggest_memory_format(t), (sizes, strides)
+        suggested.add(layouts.memory_format(t))
     assert suggested == {torch.contiguous_format, torch.channels_last, torch.channels_last_3d}
 
 
 def test_memory_format_imports_no_sympy():
     """It would be seconds of a first call."""
-    code = "import sys, torch; from tconv import launch; launch.memory_format(torch.empty(1, 1, 1, 1)); print('sympy' in sys.modules)"
+    code = "import sys, torch; from tconv import layouts; layouts.memory_format(torch.empty(1, 1, 1, 1)); print('sympy' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.strip() == "False"
 
@@ -347,7 +347,7 @@ def test_offsets_that_pass_31_bits_beyond_the_border(device):
     x = torch.empty(7 * far + 1000, dtype=torch.float16, device=device).as_strided((1, 2, 8, 16), (1, 64, far, 1))
     x.copy_(torch.randn(1, 2, 8, 16))
     w = torch.randn(2, 1, 3, 3, device=device).half()
-    assert launch.is_large(x, tconv.geometry.Geometry((3, 3), (1, 1), (0, 0), (0, 0), 2, (1, 1)))
+    assert layouts.is_large(x, tconv.geometry.Geometry((3, 3), (1, 1), (0, 0), (0, 0), 2, (1, 1)))
     torch.testing.assert_close(
         tconv.conv_transpose2d(x, w, groups=2), tconv.conv_transpose2d(x.contiguous(), w, groups=2)
     )

@@ -9,10 +9,11 @@ import torch
 from oracle import ATEN, assert_no_worse, round_tf32
 
 import tconv
-from tconv import dispatch, launch, shift
+from tconv import dispatch, layouts, shift
 from tconv.configs import Target
 from tconv.dispatch import plan
 from tconv.geometry import Geometry, sizes3
+from tconv.launches import weights
 from tconv.problem import Problem
 from tconv.problem import precision as precision_of
 from tconv.record import Record
@@ -257,7 +258,7 @@ def test_packed_weights_of_folded_phases(name, dtype, format, device):
         tile = shift.make(g.axes3, dtype, 20, 37, *candidate, "width", "width", 1, 1, g.ndim == 3)
         if tile is None or tile.box != 64 or tile.pixels != 64:
             continue
-        packed = launch.pack_folded(Record(weight), weight, g, tile).cpu()
+        packed = weights.pack_folded(Record(weight), weight, g, tile).cpu()
         taps, _, channels = packed.shape
         high = round_tf32(weight.cpu())
         parts = [high, round_tf32(weight.cpu() - high)][: tile.parts]
@@ -287,10 +288,10 @@ def laid_out(weight, format):
 def test_packed_weights(parts, format, c_out, device):
     """Each tap's block, and those of the second parts behind them all; for channels that are no power of two."""
     weight = laid_out(torch.randn(41, c_out, 3, 2, device=device), format)
-    w_i, w_o, *taps = launch.strides5(weight)
+    w_i, w_o, *taps = layouts.strides5(weight)
     order = {"contiguous": "taps"}.get(format, format.replace("channels_last", "channels"))
-    assert launch._order(w_o, taps, c_out, (3, 2)) == order
-    packed = launch.pack(Record(weight), weight, (0, w_i, w_o), taps, 1, 41, c_out, shift.M, 16, parts).cpu()
+    assert layouts.order_of(w_o, taps, c_out, (3, 2)) == order
+    packed = weights.pack(Record(weight), weight, (0, w_i, w_o), taps, 1, 41, c_out, shift.M, 16, parts).cpu()
     high = round_tf32(weight.cpu())
     expected = [weight.cpu()] if parts == 0 else [high, round_tf32(weight.cpu() - high)][:parts]
     assert packed.shape == (6 * max(1, parts), -(-c_out // 64) * 64, 48)

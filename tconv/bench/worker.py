@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from .. import aten, launch
+from .. import aten, layouts
 from . import cases, measure, providers
 from .measure import Run
 from .model import measure_model
@@ -51,7 +51,7 @@ def compile_kernels(request: dict, told: Iterable[str], say) -> None:
 
 
 def _forward(input, weight, bias, geometry) -> torch.Tensor:
-    return launch.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * geometry.groups)
+    return layouts.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * geometry.groups)
 
 
 def _like(first, second, like, geometry, parts=1) -> torch.Tensor:

@@ -17,19 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .shift import _await_launches, _element, _round, _swizzled, async_load, barrier, reinterpret
-
-# Triton 3.6 to 3.8 and 3.9 name it differently.
-async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+from .hopper import async_load, async_store, await_launches, barrier, element, reinterpret, round_to_tf32, swizzled
 
 
 def descriptor_layouts(p):
     """Of input, weight and output."""
     if p.layout == "width":
-        x, y = _swizzled(p.box, p.size, 3), _swizzled(p.chunk, p.size, 4)
+        x, y = swizzled(p.box, p.size, 3), swizzled(p.chunk, p.size, 4)
     else:
-        x, y = _swizzled(p.kb, p.size, 2), _swizzled(p.chunk, p.size, 3)
-    w = _swizzled(p.kb, 4, 2) if p.size == 4 else _swizzled(p.of_copy, 2, 2 if p.layout == "width" else 3)
+        x, y = swizzled(p.kb, p.size, 2), swizzled(p.chunk, p.size, 3)
+    w = swizzled(p.kb, 4, 2) if p.size == 4 else swizzled(p.of_copy, 2, 2 if p.layout == "width" else 3)
     return x, w, y
 
 
@@ -53,24 +50,22 @@ def _bring_weights(w, weights, full, column, sizes, p: gl.constexpr):
     blocks, across, rows = sizes[1], sizes[8], sizes[10]
     PARTS: gl.constexpr = p.columns // p.of_copy
     if p.size == 4:
-        _await_launches(blocks)
+        await_launches(blocks)
     mbarrier.expect(full.index(0), p.slots * p.kb * p.columns * p.size)
     for b in range(0, blocks):
         for c in gl.static_range(PARTS):
             if p.size == 4:
-                to = reinterpret(weights, gl.float32, [p.slots * PARTS, p.of_copy, p.kb], _swizzled(p.kb, 4))
+                to = reinterpret(weights, gl.float32, [p.slots * PARTS, p.of_copy, p.kb], swizzled(p.kb, 4))
                 if p.layout == "width":
                     row = c * rows + column * p.of_copy
                 else:
                     row = (column * PARTS + c) * p.of_copy
                 async_load(w, [row, b * p.kb], full.index(0), to.index(b * PARTS + c))
             elif p.layout == "width":
-                to = reinterpret(weights, _element(p), [p.slots * PARTS, p.kb, p.of_copy], _swizzled(p.of_copy, 2))
+                to = reinterpret(weights, element(p), [p.slots * PARTS, p.kb, p.of_copy], swizzled(p.of_copy, 2))
                 async_load(w, [b * p.kb, column * p.columns + c * p.of_copy], full.index(0), to.index(b * PARTS + c))
             else:
-                to = reinterpret(
-                    weights, _element(p), [p.slots * PARTS, p.kb, 1, p.of_copy], _swizzled(p.of_copy, 2, 3)
-                )
+                to = reinterpret(weights, element(p), [p.slots * PARTS, p.kb, 1, p.of_copy], swizzled(p.of_copy, 2, 3))
                 chunk = column * PARTS + c
                 at = [b * p.kb, chunk // across, chunk % across * p.of_copy]
                 async_load(w, at, full.index(0), to.index(b * PARTS + c))
@@ -91,11 +86,11 @@ def _bring(x, w, ring, weights, full, empty, w_full, sizes, GROUP: gl.constexpr,
                 n, line, at = _line(t * p.across + j, sizes, p)
                 if p.layout == "width":
                     to = reinterpret(
-                        ring, _element(p), [2 * p.stages * p.across, 1, p.kb, p.box], _swizzled(p.box, p.size, 3)
+                        ring, element(p), [2 * p.stages * p.across, 1, p.kb, p.box], swizzled(p.box, p.size, 3)
                     )
                     async_load(x, [n, b * p.kb, line * length + at], full.index(s), to.index(s * p.across + j))
                 else:
-                    to = reinterpret(ring, _element(p), [2 * p.stages * p.across, p.box, p.kb], _swizzled(p.kb, p.size))
+                    to = reinterpret(ring, element(p), [2 * p.stages * p.across, p.box, p.kb], swizzled(p.kb, p.size))
                     async_load(
                         x, [(n * lines + line) * length + at, b * p.kb], full.index(s), to.index(s * p.across + j)
                     )
@@ -111,7 +106,7 @@ def _store(v, y, buffer, tile, column, sizes, p: gl.constexpr):
     W: gl.constexpr = p.stride[2]
     OF_BOX: gl.constexpr = p.box // p.unit
     CHUNKS: gl.constexpr = p.columns // p.chunk
-    v = v.to(_element(p))
+    v = v.to(element(p))
     if p.layout == "channels":
         v = v.reshape([p.pixels, CHUNKS, p.chunk]).permute((1, 0, 2)).reshape([CHUNKS * p.pixels, p.chunk])
     else:
@@ -133,15 +128,13 @@ def _store(v, y, buffer, tile, column, sizes, p: gl.constexpr):
         h = line - d * height
         if p.layout == "width":
             out = reinterpret(
-                buffer, _element(p), [p.units * D, 1, p.channels, H, p.chunk], _swizzled(p.chunk, p.size, 4)
+                buffer, element(p), [p.units * D, 1, p.channels, H, p.chunk], swizzled(p.chunk, p.size, 4)
             )
             for z in gl.static_range(D):
                 row = ((d * D + z) * height + h) * H
                 async_store(y, [n, column * p.channels, row, at * W], out.index(i * D + z))
         else:
-            out = reinterpret(
-                buffer, _element(p), [CHUNKS * p.units, 1, p.unit, p.chunk], _swizzled(p.chunk, p.size, 3)
-            )
+            out = reinterpret(buffer, element(p), [CHUNKS * p.units, 1, p.unit, p.chunk], swizzled(p.chunk, p.size, 3))
             for c in gl.static_range(CHUNKS):
                 chunk = column * CHUNKS + c
                 z = chunk // across  # the row in the block
@@ -178,7 +171,7 @@ def _multiply(y, bias, ring, weights, buffers, full, empty, w_full, sizes, GROUP
             else:
                 a = ring.index(s)
             if p.size == 4:  # rounded on the way: wgmma would truncate
-                value = _round(a.load(gl.DotOperandLayout(0, layout, 1)))
+                value = round_to_tf32(a.load(gl.DotOperandLayout(0, layout, 1)))
                 barrier()  # everyone has read the stage
                 mbarrier.arrive(empty.index(s), count=1)
                 acc = warpgroup_mma(value, weights.index(b).permute((1, 0)), acc, is_async=True)
@@ -218,15 +211,15 @@ def blocks_forward(
     of the block, where channels are neighbours."""
     sizes = (tiles, blocks, boxes, lines, length, height, wrap, depth, across, c_out, rows, columns, has_bias)
     if p.layout == "width":
-        ring = gl.allocate_shared_memory(_element(p), [p.stages * 2, p.kb, p.pixels], _swizzled(p.box, p.size))
+        ring = gl.allocate_shared_memory(element(p), [p.stages * 2, p.kb, p.pixels], swizzled(p.box, p.size))
     else:
-        ring = gl.allocate_shared_memory(_element(p), [p.stages * 2, p.pixels, p.kb], _swizzled(p.kb, p.size))
+        ring = gl.allocate_shared_memory(element(p), [p.stages * 2, p.pixels, p.kb], swizzled(p.kb, p.size))
     if p.size == 4:
-        weights = gl.allocate_shared_memory(gl.float32, [p.slots, p.columns, p.kb], _swizzled(p.kb, 4))
+        weights = gl.allocate_shared_memory(gl.float32, [p.slots, p.columns, p.kb], swizzled(p.kb, 4))
     else:
-        weights = gl.allocate_shared_memory(_element(p), [p.slots, p.kb, p.columns], _swizzled(p.of_copy, p.size))
+        weights = gl.allocate_shared_memory(element(p), [p.slots, p.kb, p.columns], swizzled(p.of_copy, p.size))
     rows_of_buffer: gl.constexpr = p.pixels * p.columns // p.chunk
-    buffers = gl.allocate_shared_memory(_element(p), [2, rows_of_buffer, p.chunk], _swizzled(p.chunk, p.size))
+    buffers = gl.allocate_shared_memory(element(p), [2, rows_of_buffer, p.chunk], swizzled(p.chunk, p.size))
     full = gl.allocate_shared_memory(gl.int64, [2 * p.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2 * p.stages, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())

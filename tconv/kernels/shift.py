@@ -15,41 +15,33 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-# Triton 3.6 to 3.8 and 3.9 name these differently.
-_DESCRIPTOR = gl.shared_memory_descriptor
-reinterpret = getattr(_DESCRIPTOR, "reinterpret", None) or _DESCRIPTOR._reinterpret
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-# How the shifted view of the input ring is written: 3.9 wants a slice, before it a layout without strides does.
-SLICE = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
-M = gl.constexpr(64)  # wgmma's
-
-
-@triton.constexpr_function
-def _swizzled(width, size, rank=2, transposed=False):
-    """K-major rows of at most 128 bytes, as wgmma and the bulk copies take them."""
-    return gl.NVMMASharedLayout(min(128, width * size), 8 * size, rank, transposed)
+from .hopper import (
+    M,
+    async_load,
+    await_launches,
+    barrier,
+    element,
+    opaque_zero,
+    reinterpret,
+    ring_memory,
+    ring_rows,
+    ring_view,
+    round_to_tf32,
+    swizzled,
+)
 
 
 def descriptor_layouts(p):
     """Of the blocks of weights, and of the input that a bulk copy brings."""
     rank = 2 if p.strip else 5 if p.volume else 4
     pixels_inside = p.how == "staged" and p.src_layout == "width"
-    return _swizzled(M if p.raw else p.kb, p.size, 3 if p.raw else 2), _swizzled(
+    return swizzled(M if p.raw else p.kb, p.size, 3 if p.raw else 2), swizzled(
         p.bring if pixels_inside else p.kb, p.size, rank
     )
-
-
-@triton.constexpr_function
-def _pixel_rows(pixels, kb):
-    """A layout in which `pixels` rows of `kb` channels start at the same address: only its first index moves."""
-    bases = [[0, 1 << i] for i in range(kb.bit_length() - 1)] + [[0, 0]] * (pixels.bit_length() - 1)
-    return gl.SharedLinearLayout(bases, alignment=1024)
 
 
 @triton.constexpr_function
@@ -87,45 +79,7 @@ def _pixel_buffer(p):
     """Of the output's chunks along the pixels; rows are swizzled by the eight."""
     if p.fold.channels < 8:
         return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    return _swizzled(p.chunk * p.joined, p.dst_size)
-
-
-@gluon.jit
-def _rows(ring, row, PIXELS: gl.constexpr, p: gl.constexpr):
-    """PIXELS rows of the input ring from `row` on (a multiple of PIXELS), to be written."""
-    if SLICE:
-        return reinterpret(ring, _element(p), [p.ring // PIXELS, PIXELS, p.kb], _swizzled(p.kb, p.size)).index(
-            row // PIXELS
-        )
-    else:
-        flat = reinterpret(ring, _element(p), [p.ring * p.pixels // PIXELS, 1, p.kb], _pixel_rows(PIXELS, p.kb)).index(
-            row
-        )
-        return reinterpret(flat, _element(p), [PIXELS, p.kb], _swizzled(p.kb, p.size))
-
-
-@gluon.jit
-def _view(ring, stage, SHIFT: gl.constexpr, p: gl.constexpr):
-    """The pixels of one consumer from SHIFT on in a stage: operand B of one tap."""
-    if SLICE:
-        span: gl.constexpr = (p.stages - 1) * p.pitch + p.pixels
-        flat = reinterpret(ring, _element(p), [p.ring, 1, p.kb], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-        tiles = reinterpret(
-            flat.slice(SHIFT, span, 0),
-            _element(p),
-            [span // p.pixels, p.kb, p.pixels],
-            _swizzled(p.kb, p.size, 2, True),
-        )
-        return tiles.index(stage * (p.pitch // p.pixels))
-    else:
-        rows = ring.index(stage * p.pitch + SHIFT)
-        return reinterpret(rows, _element(p), [p.kb, p.pixels], _swizzled(p.kb, p.size, 2, True))
-
-
-@gluon.jit
-def _opaque_zero(i):
-    """A zero that the compiler does not see through: what is added to it is not hoisted out of the loop and spilt."""
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
+    return swizzled(p.chunk * p.joined, p.dst_size)
 
 
 # Where the scalars of the depth, the inverses of `image` and `planes`, a part's first block, `copied` and those of a round are among
@@ -135,41 +89,24 @@ PLANES, D_IN, X_D, D_OUT, Y_D, BY_IMAGE, BY_PLANES, FIRST_BLOCK, COPIED, OF_ROUN
 )
 
 
-@gluon.jit
-def _await_launches(i):
-    """The kernel begins before the launches ahead of it have ended: wait for what they write."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@triton.constexpr_function
-def _element(p):
-    return {"bf16": gl.bfloat16, "fp16": gl.float16}.get(p.dtype, gl.float32)
-
-
 @triton.constexpr_function
 def _stored(p):
     """What the output has: the input's dtype, or fp32 for sums of some of the channels."""
-    return gl.float32 if p.partial else _element(p)
-
-
-@gluon.jit
-def _round(v):
-    """To TF32: wgmma would truncate; cuDNN rounds to nearest even."""
-    return gl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [v], dtype=gl.float32, is_pure=True, pack=1)
+    return gl.float32 if p.partial else element(p)
 
 
 @gluon.jit
 def _put(v, ring, row, p: gl.constexpr):
     """A chunk of pixels into the ring from `row` on; at tf32x3 as two TF32 values, in two places (common.split_tf32)."""
-    to = _rows(ring, row, p.bring, p)
+    to = ring_rows(ring, row, p.bring, p)
     if p.parts == 2:
-        high = _round(v)
+        high = round_to_tf32(v)
         finite = gl.abs(high) < float("inf")
         high = gl.where(finite, high, 0.0)
         to.store(high)
-        _rows(ring, row + p.part, p.bring, p).store(gl.where(finite, _round(v - high), v))
+        ring_rows(ring, row + p.part, p.bring, p).store(gl.where(finite, round_to_tf32(v - high), v))
     elif p.size == 4:
-        to.store(_round(v))
+        to.store(round_to_tf32(v))
     else:
         to.store(v)
 
@@ -283,24 +220,24 @@ def _copy(x, to, ready, row, column, kb, delta, sizes, PIXELS: gl.constexpr, p: 
     n, d, h = _planes(row, sizes, p)
     if p.src_layout == "channels":
         if p.volume:
-            to = reinterpret(to, _element(p), [1, 1, 1, PIXELS, p.kb], _swizzled(p.kb, p.size, 5))
+            to = reinterpret(to, element(p), [1, 1, 1, PIXELS, p.kb], swizzled(p.kb, p.size, 5))
             async_load(x, [n, d + delta, h, column, kb * p.kb], ready, to, pred=pred)
         else:
-            to = reinterpret(to, _element(p), [1, 1, PIXELS, p.kb], _swizzled(p.kb, p.size, 4))
+            to = reinterpret(to, element(p), [1, 1, PIXELS, p.kb], swizzled(p.kb, p.size, 4))
             async_load(x, [n, h, column, kb * p.kb], ready, to, pred=pred)
     else:
         if p.volume:
-            to = reinterpret(to, _element(p), [1, p.kb, 1, 1, PIXELS], _swizzled(PIXELS, p.size, 5))
+            to = reinterpret(to, element(p), [1, p.kb, 1, 1, PIXELS], swizzled(PIXELS, p.size, 5))
             async_load(x, [n, kb * p.kb, d + delta, h, column], ready, to, pred=pred)
         else:
-            to = reinterpret(to, _element(p), [1, p.kb, 1, PIXELS], _swizzled(PIXELS, p.size, 4))
+            to = reinterpret(to, element(p), [1, p.kb, 1, PIXELS], swizzled(PIXELS, p.size, 4))
             async_load(x, [n, kb * p.kb, h, column], ready, to, pred=pred)
 
 
 @gluon.jit
 def _copy_row(x, ring, ready, s, row, low, j, tile_w, kb, delta, sizes, p: gl.constexpr):
     """Row j of a tile, or 64 pixels of a strip, into stage s; it begins at `row`, or that pixel, and `low` rows further on."""
-    to = _rows(ring, s * p.pitch + j * p.of_copy, p.of_copy, p)
+    to = ring_rows(ring, s * p.pitch + j * p.of_copy, p.of_copy, p)
     if p.strip:
         at = row + (low + delta * sizes[2]) * p.box + p.low_w
         async_load(x, [at + j * p.of_copy, kb * p.kb], ready, to)
@@ -338,7 +275,7 @@ def _load(x, sizes, kb, delta, tile_w, row, J: gl.constexpr, p: gl.constexpr):
     )  # fmt: skip
     layout: gl.constexpr = _producer_layout(p)
     BRING: gl.constexpr = p.bring
-    z = _opaque_zero(kb)
+    z = opaque_zero(kb)
     c = (kb + z) * p.kb + gl.arange(0, p.kb, layout=gl.SliceLayout(0, layout))
     at = (J + z) * BRING + gl.arange(0, p.bring, layout=gl.SliceLayout(1, layout))
     w = tile_w * p.useful + p.low_w + at % p.box
@@ -373,7 +310,7 @@ def _bring_block(w, to, full, block, tile, kb, sizes, p: gl.constexpr):
     weight as it lies, [input channel, tap, output channel]."""
     if p.raw:
         S: gl.constexpr = p.fold.spread
-        to = reinterpret(to, _element(p), [p.kb, 1, M], _swizzled(M, p.size, 3))
+        to = reinterpret(to, element(p), [p.kb, 1, M], swizzled(M, p.size, 3))
         async_load(w, [kb * p.kb, block // S, (tile * S + block % S) * M], full, to)
     else:
         async_load(w, [_row_of(block, tile, sizes[0], p), kb * p.kb], full, to)
@@ -413,7 +350,7 @@ def _push_all(w, ring, full, sizes, p: gl.constexpr):
 def _bring_weights(w, ring, full, empty, sizes, p: gl.constexpr):
     """The packed weight [tap or folded offset, rows of M, input channel], or the weight as it lies, an M x KB block a slot."""
     if not p.raw:
-        _await_launches(sizes[4])
+        await_launches(sizes[4])
     i = 0
     for t in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
         co, phase, tile_w, row, phase_d = _decode(t, sizes, p)
@@ -521,7 +458,7 @@ def _bring_staged(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
 @gluon.jit
 def _bring(x, staging, ready, ring, full, empty, sizes, p: gl.constexpr):
     if sizes[COPIED] != 0:
-        _await_launches(sizes[4])
+        await_launches(sizes[4])
     if p.how == "bulk":
         _bring_by_tma(x, ring, full, empty, sizes, p)
     elif p.how == "staged":
@@ -545,7 +482,7 @@ def _here(i, p: gl.constexpr):
     if p.how == "bulk":
         return 0
     else:
-        return _opaque_zero(i)
+        return opaque_zero(i)
 
 
 @gluon.jit
@@ -718,7 +655,7 @@ def _taps(
         else:
             slot = j % p.slots
             mbarrier.wait(w_full.index(slot), j // p.slots & 1)
-        operand = _view(ring, s, START + p.taps[A][k][2], p)
+        operand = ring_view(ring, s, START + p.taps[A][k][2], p)
         weight = weights.index(slot)
         if p.raw:
             weight = weight.permute((1, 0))
@@ -755,9 +692,9 @@ def _taps_in_parts(
                 mbarrier.wait(w_full.index(slot), (j + k + once) // p.slots & 1)
                 high = 2 * slot
                 low = high + 1
-            s += _opaque_zero(s)
-            x_high = _view(ring, s, START + p.taps[A][k][2], p)
-            x_low = _view(ring, s, START + p.part + p.taps[A][k][2], p)
+            s += opaque_zero(s)
+            x_high = ring_view(ring, s, START + p.taps[A][k][2], p)
+            x_low = ring_view(ring, s, START + p.part + p.taps[A][k][2], p)
             sum = warpgroup_mma(weights.index(low), x_high, accs[0], use_acc=False, is_async=True)
             sum = warpgroup_mma(weights.index(high), x_low, sum, is_async=True)
             sum = warpgroup_mma(weights.index(high), x_high, sum, is_async=True)
@@ -782,7 +719,7 @@ def _phase(
     accs = _repeated(gl.zeros([M, PIXELS], gl.float32, layout), gl.constexpr(p.fold.accumulators))
     readings = _readings(phase, phase_d, blocks, p)
     for b in range(0, readings[0]):
-        z = _opaque_zero(b)
+        z = opaque_zero(b)
         kb, base, delta, low = _block(b, sizes, readings, p)
         s = (i + b) % p.stages
         slot0 = base * blocks + kb + z
@@ -818,7 +755,7 @@ def _multiply(
     if p.resident:
         if CONSUMER == 0:
             if not p.raw:
-                _await_launches(tiles)
+                await_launches(tiles)
             _push_all(w, weights, w_full, sizes, p)
         mbarrier.wait(w_full.index(0), 0)
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -901,16 +838,13 @@ def shift(
         _inverse(image), _inverse(planes), first_block, copied, of_round, spin,
     )  # fmt: skip
     if p.raw:
-        weights = gl.allocate_shared_memory(_element(p), [p.slots, p.kb, M], _swizzled(M, p.size))
+        weights = gl.allocate_shared_memory(element(p), [p.slots, p.kb, M], swizzled(M, p.size))
     else:
-        weights = gl.allocate_shared_memory(_element(p), [p.slots * p.parts, M, p.kb], _swizzled(p.kb, p.size))
-    if SLICE:
-        ring = gl.allocate_shared_memory(_element(p), [p.ring // 8, 8, p.kb], _swizzled(p.kb, p.size))
-    else:
-        ring = gl.allocate_shared_memory(_element(p), [p.ring, 1, p.kb], _pixel_rows(p.pixels, p.kb))
+        weights = gl.allocate_shared_memory(element(p), [p.slots * p.parts, M, p.kb], swizzled(p.kb, p.size))
+    ring = ring_memory(p)
     if p.dst_layout == "channels":
         buffers = gl.allocate_shared_memory(
-            _stored(p), [p.consumers, p.chunk * p.joined, p.fold.channels], _swizzled(p.fold.channels, p.dst_size)
+            _stored(p), [p.consumers, p.chunk * p.joined, p.fold.channels], swizzled(p.fold.channels, p.dst_size)
         )
     else:
         buffers = gl.allocate_shared_memory(
@@ -920,9 +854,9 @@ def shift(
     # used any more, and a bulk copy into the place of a barrier goes wrong.
     if p.how == "staged":
         if p.src_layout == "channels":
-            staging = gl.allocate_shared_memory(_element(p), [p.staging, p.bring, p.kb], _swizzled(p.kb, p.size))
+            staging = gl.allocate_shared_memory(element(p), [p.staging, p.bring, p.kb], swizzled(p.kb, p.size))
         else:
-            staging = gl.allocate_shared_memory(_element(p), [p.staging, p.kb, p.bring], _swizzled(p.bring, p.size))
+            staging = gl.allocate_shared_memory(element(p), [p.staging, p.kb, p.bring], swizzled(p.bring, p.size))
         ready = gl.allocate_shared_memory(gl.int64, [p.staging, 1], mbarrier.MBarrierLayout())
     else:
         staging = ring

@@ -1,0 +1,103 @@
+"""What is left to aten by way of channels_last copies.
+
+cuDNN's kernels want channels_last, and of contiguous tensors it makes copies of its own, which take longer than ours; torch's, of a
+weight and its gradient, take longer still.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import torch
+
+from . import aten, record
+from .geometry import Geometry
+from .launches.copies import transpose
+from .layouts import is_large, suggested
+from .record import Record
+
+_shared = threading.local()  # .copies: what _of_gradient has made inside shared_copies, by what it was made of
+
+
+def channels_last(t) -> torch.Tensor:
+    """A contiguous activation's or weight's copy with its second dimension, whole pieces of 16 bytes, innermost; in fp32 rounded
+    to TF32.  Those of 1-d layers have a height of 1 then."""
+    key = "channels_last", record.facts(t)
+    if known := record.find(key):
+        return known.again(t)
+    noted = Record(t)
+    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
+    copy = noted.result((*t.shape[:2], *size), t, torch.channels_last if len(size) == 2 else torch.channels_last_3d)
+    transpose(noted, t, copy, t.shape[1], prod(size), t.dtype is torch.float32)
+    return noted.keep(key)
+
+
+@contextmanager
+def shared_copies() -> Iterator[None]:
+    """Inside, in this thread, an output's gradient is copied once for both gradients that are made of it."""
+    _shared.copies = {}
+    try:
+        yield
+    finally:
+        _shared.copies = None
+
+
+def _of_gradient(t) -> torch.Tensor:
+    """channels_last of an output's gradient."""
+    copies = getattr(_shared, "copies", None)
+    if copies is None:
+        return channels_last(t)
+    place = t.data_ptr(), record.facts(t)
+    if place not in copies:  # t is kept, too, so that no other tensor comes to lie there
+        copies[place] = channels_last(t), t
+    return copies[place][0]
+
+
+def contiguous(t) -> torch.Tensor:
+    """The contiguous copy of a dense channels_last activation or weight; its pixels, or taps, are whole pieces of 16 bytes."""
+    key = "contiguous", record.facts(t)
+    if known := record.find(key):
+        return known.again(t)
+    noted = Record(t)
+    copy = noted.result(t.shape, t, torch.contiguous_format)
+    transpose(noted, t, copy, prod(t.shape[2:]), t.shape[1], False)
+    return noted.keep(key)
+
+
+def backward_input(function, size, grad_output, weight) -> torch.Tensor:
+    """What function, of aten.backward_input, makes of channels_last copies; of that size."""
+    copy, weight = _of_gradient(grad_output), _of_weight(weight)
+    size = size if len(size) > 3 else (*size[:2], 1, size[2])
+    like = torch.empty(size, dtype=copy.dtype, device=copy.device, memory_format=suggested(copy))
+    made = function(copy, weight, like)
+    del like  # its memory is the contiguous copy's
+    return _contiguous_if_whole(made)
+
+
+def backward_weight(function, grad_output, input, like) -> torch.Tensor:
+    """What function, of aten.backward_weight, makes of channels_last copies."""
+    return _contiguous_if_whole(function(_of_gradient(grad_output), channels_last(input), like))
+
+
+def gradients(grad_output, input, weight, geometry: Geometry) -> list[torch.Tensor]:
+    """What aten.gradients makes of channels_last copies."""
+    made = aten.gradients(channels_last(grad_output), channels_last(input), _of_weight(weight), geometry)
+    return [_contiguous_if_whole(t) for t in made]
+
+
+def _of_weight(weight) -> torch.Tensor:
+    """channels_last of a weight that it takes."""
+    return channels_last(weight) if weight.is_contiguous() and _is_whole(weight, weight.shape[1]) else weight
+
+
+def _contiguous_if_whole(t) -> torch.Tensor:
+    """A dense channels_last tensor as a contiguous one, if `contiguous` takes it."""
+    return contiguous(t) if _is_whole(t, prod(t.shape[2:])) and t.movedim(1, -1).is_contiguous() else t
+
+
+def _is_whole(t, count: int) -> bool:
+    """Whether so many elements are whole pieces of 16 bytes, as `arrange` writes them, with its 32-bit offsets."""
+    return count % (16 // t.element_size()) == 0 and not is_large(t)
