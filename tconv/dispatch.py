@@ -10,12 +10,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, lru_cache
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import probe, shift
 from .configs import Target
 from .families import FAMILIES, Asked
 from .problem import Plan, Problem, precision
@@ -96,11 +98,12 @@ def _left_out() -> tuple[str, ...]:
 
 def target_of(device: torch.device) -> Target:
     """The Target of a tensor's device; of each device it is worked out once."""
-    return _target(device, _left_out())
+    # What is being captured into a graph cannot be interrupted: its first call of all goes without the probe.
+    return _target(device, _left_out(), device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
 
 
 @cache
-def _target(device: torch.device, without: tuple[str, ...]) -> Target:
+def _target(device: torch.device, without: tuple[str, ...], is_probed: bool) -> Target:
     if device.type == "cpu":
         return Target("interpreter", 0, 4, without=without)
     properties = torch.cuda.get_device_properties(device)
@@ -111,7 +114,8 @@ def _target(device: torch.device, without: tuple[str, ...]) -> Target:
 
     major, minor = map(int, triton.__version__.split(".")[:2])
     arch = 10 * properties.major + properties.minor
-    return Target("cuda", arch, properties.multi_processor_count, (major, minor), without)
+    target = Target("cuda", arch, properties.multi_processor_count, (major, minor), without)
+    return replace(target, fault=probe.fault(device)) if is_probed and not shift.unavailable(target) else target
 
 
 _conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # to look it up takes 4 us, which every call would pay

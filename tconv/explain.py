@@ -104,7 +104,7 @@ def explain(first, *args, **kwargs) -> Explanation | ModelExplanation:
     """Say which kernel runs, in which configuration and phases, or why the layer is left to aten.
 
     `explain(input, weight, bias=None, stride=1, ...)` takes the arguments of conv_transpose1d, 2d or 3d (the
-    weight's rank says which) and explains the call; nothing runs.
+    weight's rank says which) and explains the call; nothing of it runs.
     `explain(model, *inputs, **kwargs)` runs the model once, in the mode it is in and without gradients, on the example
     inputs and explains every transposed convolution that ran, converted or not.
 

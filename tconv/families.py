@@ -305,8 +305,8 @@ def blocked(asked: Asked) -> Plan | str:
     p, target = asked.problem, asked.target
     if p.direction != "forward" or not blocks.takes(p.geometry):
         return ""
-    if target.backend != "cuda" or target.arch != 90 or target.triton not in shift.TRITON:
-        return ""  # what the shift kernel says, too
+    if shift.unavailable(target):
+        return ""  # the shift kernel says it, too
     if asked.without("blocks"):
         return "the block kernel is left out"
     layout = "channels" if p.channels_last else "width"

@@ -248,6 +248,20 @@ class Shift:
         )
 
 
+@dataclass(frozen=True)
+class Probed:
+    """The tile of the probe (probe.py): what the views of shared memory ask of a Shift."""
+
+    dtype: str = "bf16"
+    size: int = 2  # bytes of an element
+    kb: int = 64  # channels of a pixel: rows of 128 bytes
+    pixels: int = 64  # of a product
+    stages: int = 2
+    pitch: int = 128  # pixels from stage to stage
+    ring: int = 256  # of all stages
+    shifts: tuple[int, ...] = (0, 1, 7, 27)  # pixels from which products begin in each stage
+
+
 @lru_cache(maxsize=4096)
 def make(
     axes: tuple[Axis, Axis, Axis],
@@ -592,15 +606,21 @@ def candidates(
 WIDE, MOST_GROUPS = 64, 32
 
 
+def unavailable(target: Target) -> str:
+    """Why a target has no Hopper kernels, or ""."""
+    if target.backend != "cuda" or target.arch != 90:
+        return "the shift kernel is for sm_90"
+    if target.triton not in TRITON:
+        return f"the shift kernel was not tried with Triton {'.'.join(map(str, target.triton))}"
+    return target.fault
+
+
 def refuse(geometry, c_in, c_out, large, precision, source, destination, target: Target) -> str:
     """Why the shift kernel does not take a problem, or "".  c_in and c_out are a group's."""
     depth, height, width = geometry.axes3
+    if missing := unavailable(target):
+        return missing
     for bad, why in (
-        (target.backend != "cuda" or target.arch != 90, "the shift kernel is for sm_90"),
-        (
-            target.triton not in TRITON,
-            f"the shift kernel was not tried with Triton {'.'.join(map(str, target.triton))}",
-        ),
         (
             geometry.groups > 1
             and (geometry.groups > MOST_GROUPS or min(c_in, c_out) < WIDE or not source == destination == "width"),

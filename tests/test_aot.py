@@ -21,7 +21,7 @@ import torch
 import triton
 
 import tconv.kernels
-from tconv import blocks, shift
+from tconv import blocks, probe, shift
 from tconv import launch as launcher
 from tconv.configs import Target
 from tconv.geometry import Geometry
@@ -37,10 +37,11 @@ KERNELS = {
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "blocks": ("blocks_forward",),
     "shift": ("shift",),
+    "probe": ("probe",),
     "copies": ("arrange",),
 }
 # Kernels that a target does not run: gradients are left to cuDNN alone, and AMD's compiler has no product in three parts.
-HOPPER = {"blocks_forward", "shift"}
+HOPPER = {"blocks_forward", "shift", "probe"}
 ELSEWHERE = {"sm_90": set(), "gfx942": {*HOPPER, "arrange", "patch_weight"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Tiles for sm_80 also serve sm_86 and sm_89.
 TARGETS = {
@@ -211,6 +212,9 @@ def record(target: Target) -> list[dict]:
         for module, names in KERNELS.items():
             for name in names:
                 patch.setattr(f"tconv.kernels.{module}.{name}", Recorder(module, name, found))
+        if target.arch == 90:
+            probe.launch(*probe.sample("meta"))
+            launches["probe"] = found.pop() | {"name": "probe"}
         layers = LAYERS | (HOPPER_LAYERS if target.arch == 90 else {})
         for title, ((batch, c_in, c_out, size, geometry), dtype, last, tf32) in layers.items():
             patch.setattr(launcher, "allow_tf32", lambda tf32=tf32: tf32)
