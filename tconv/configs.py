@@ -18,7 +18,7 @@ class Target:
     processors: int  # multiprocessors
     triton: tuple[int, int] = (3, 6)  # major and minor version
     without: tuple[str, ...] = ()  # the families that are not to be chosen
-    fault: str = ""  # what the probe of the Hopper kernels found (probe.fault)
+    fault: str = ""  # of the Hopper kernels, as the probe found it (probe.fault)
 
 
 @dataclass(frozen=True)

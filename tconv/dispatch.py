@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import probe, shift
+from . import blocks, probe, shift
 from .configs import Target
 from .families import FAMILIES, Asked
 from .problem import Plan, Problem, precision
@@ -98,12 +98,11 @@ def _left_out() -> tuple[str, ...]:
 
 def target_of(device: torch.device) -> Target:
     """The Target of a tensor's device; of each device it is worked out once."""
-    # What is being captured into a graph cannot be interrupted: its first call of all goes without the probe.
-    return _target(device, _left_out(), device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
+    return _target(device, _left_out())
 
 
 @cache
-def _target(device: torch.device, without: tuple[str, ...], is_probed: bool) -> Target:
+def _target(device: torch.device, without: tuple[str, ...]) -> Target:
     if device.type == "cpu":
         return Target("interpreter", 0, 4, without=without)
     properties = torch.cuda.get_device_properties(device)
@@ -114,8 +113,7 @@ def _target(device: torch.device, without: tuple[str, ...], is_probed: bool) -> 
 
     major, minor = map(int, triton.__version__.split(".")[:2])
     arch = 10 * properties.major + properties.minor
-    target = Target("cuda", arch, properties.multi_processor_count, (major, minor), without)
-    return replace(target, fault=probe.fault(device)) if is_probed and not shift.unavailable(target) else target
+    return Target("cuda", arch, properties.multi_processor_count, (major, minor), without)
 
 
 _conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # to look it up takes 4 us, which every call would pay
@@ -131,6 +129,14 @@ def unsupported(target: Target) -> str | None:
     if target.backend == "cuda" and target.arch < 80:
         return f"compute capability {target.arch / 10} is below 8.0"
     return None
+
+
+def decide(problem: Problem, target: Target, device: torch.device) -> Plan:
+    """`plan` for a pass on a device, which must pass the probe before a Hopper kernel runs there."""
+    chosen, fault = plan(problem, target), ""
+    if device.type == "cuda" and isinstance(chosen.config, (blocks.Blocks, shift.Shift)):
+        fault = probe.fault(device, chosen.config.size)
+    return plan(problem, replace(target, fault=fault)) if fault else chosen
 
 
 @lru_cache(maxsize=8192)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import functional, launch, layouts
-from .dispatch import plan, refuse, target_of
+from .dispatch import decide, refuse, target_of
 from .functional import as_int, as_tuple
 from .geometry import Geometry, check, make_geometry
 from .modules import COUNTERPARTS
@@ -104,7 +104,8 @@ def explain(first, *args, **kwargs) -> Explanation | ModelExplanation:
     """Say which kernel runs, in which configuration and phases, or why the layer is left to aten.
 
     `explain(input, weight, bias=None, stride=1, ...)` takes the arguments of conv_transpose1d, 2d or 3d (the
-    weight's rank says which) and explains the call; nothing of it runs.
+    weight's rank says which) and explains the call, which does not run (on a Hopper GPU tconv
+    may try a tiny product of its own).
     `explain(model, *inputs, **kwargs)` runs the model once, in the mode it is in and without gradients, on the example
     inputs and explains every transposed convolution that ran, converted or not.
 
@@ -154,7 +155,8 @@ def _explain_call(
         where = name, geometry, batched.shape, c_out
         of_forward = (weight, bias) if name == "forward" else ()
         problem = launch.make_problem(*where, source, destination, *of_forward)
-        passes.append(PassExplanation(name, problem, plan(problem, target_of(batched.device))))
+        chosen = decide(problem, target_of(batched.device), batched.device)
+        passes.append(PassExplanation(name, problem, chosen))
     text = f"conv_transpose{ndim}d {batched.shape[1]} to {c_out} {geometry.describe()}"
     return Explanation(text, tuple(input.shape), batched.dtype, geometry, tuple(passes), module)
 

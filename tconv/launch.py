@@ -10,7 +10,7 @@ import torch
 
 from . import aten, configs, left, record
 from .configs import cdiv
-from .dispatch import allow_tf32, flags, plan, target_of, unsupported
+from .dispatch import allow_tf32, decide, flags, target_of, unsupported
 from .geometry import Geometry
 from .launches import blocks, columns, few, gemm, long, patches, shift
 from .launches.common import accumulator, of_partials
@@ -73,7 +73,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
         return output
     problem = make_problem("forward", geometry, input.shape, c_out, input, output, weight, bias)
     target = target_of(input.device)
-    chosen = plan(problem, target)
+    chosen = decide(problem, target, input.device)
     if chosen.family == "aten":
         return noted.leave(key, partial(aten.forward, geometry=geometry), input, weight, bias)
     tensors = input, weight, bias, output
@@ -107,7 +107,7 @@ def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch
         return grad_input.zero_()
     problem = make_problem("backward_input", geometry, grad_input.shape, grad_output.shape[1], grad_output, grad_input)
     target = target_of(grad_output.device)
-    chosen = plan(problem, target)
+    chosen = decide(problem, target, grad_output.device)
     if chosen.family == "aten":
         of = partial(aten.backward_input, geometry=geometry)
         if chosen.arranged:
@@ -134,7 +134,7 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
     if input.numel() == 0 or grad_output.numel() == 0:
         return grad_weight.zero_()
     problem = make_problem("backward_weight", geometry, input.shape, c_out, input, grad_output)
-    chosen = plan(problem, target_of(input.device))
+    chosen = decide(problem, target_of(input.device), input.device)
     if chosen.family == "aten":
         of = partial(aten.backward_weight, geometry=geometry, parts=chosen.splits)
         if chosen.arranged:
@@ -188,7 +188,7 @@ def _together(grad_output, input, weight, geometry: Geometry) -> Callable | None
     where = geometry, input.shape, grad_output.shape[1]
     of_input = make_problem("backward_input", *where, grad_output, like[0])
     of_weight = make_problem("backward_weight", *where, input, grad_output)
-    one, other = (plan(problem, target_of(input.device)) for problem in (of_input, of_weight))
+    one, other = (decide(problem, target_of(input.device), input.device) for problem in (of_input, of_weight))
     if not one.family == other.family == "aten" or other.splits > 1 or one.arranged != other.arranged:
         return None
     return partial(_of_one_call, one.arranged, [record.promised(t, f) for t, f in zip(like, formats)])

@@ -252,14 +252,23 @@ class Shift:
 class Probed:
     """The tile of the probe (probe.py): what the views of shared memory ask of a Shift."""
 
-    dtype: str = "bf16"
-    size: int = 2  # bytes of an element
-    kb: int = 64  # channels of a pixel: rows of 128 bytes
+    dtype: str  # "bf16" or "tf32"
+    size: int  # bytes of an element
     pixels: int = 64  # of a product
     stages: int = 2
     pitch: int = 128  # pixels from stage to stage
     ring: int = 256  # of all stages
-    shifts: tuple[int, ...] = (0, 1, 7, 27)  # pixels from which products begin in each stage
+    shifts: tuple[int, ...] = (
+        0,
+        1,
+        7,
+        64,
+    )  # pixels from which products begin in each stage; rows are swizzled by the eight
+
+    @property
+    def kb(self) -> int:
+        """Channels of a pixel, which has the 128 bytes that swizzled rows have at most."""
+        return 128 // self.size
 
 
 @lru_cache(maxsize=4096)

@@ -376,14 +376,14 @@ class Machine:
         return deps if len(deps) > 1 else deps[0]
 
 
-def load(pointer, mask, other):
+def load(pointer, mask=True, other=0.0):
     offsets, mask = np.broadcast_arrays(pointer.offsets, raw(mask))
     memory = pointer.memory
     assert not (mask & ((offsets < 0) | (offsets >= memory.data.size))).any(), "a load out of bounds"
     return Value(np.where(mask, memory.data[np.where(mask, offsets, 0)], other))
 
 
-def store(pointer, value, mask):
+def store(pointer, value, mask=True):
     offsets, mask, values = np.broadcast_arrays(pointer.offsets, raw(mask), value.a)
     memory = pointer.memory
     assert not (mask & ((offsets < 0) | (offsets >= memory.data.size))).any(), "a store out of bounds"

@@ -213,8 +213,10 @@ def record(target: Target) -> list[dict]:
             for name in names:
                 patch.setattr(f"tconv.kernels.{module}.{name}", Recorder(module, name, found))
         if target.arch == 90:
-            probe.launch(*probe.sample("meta"))
-            launches["probe"] = found.pop() | {"name": "probe"}
+            for tile in probe.TILES.values():
+                probe.launch(tile, *probe.sample(tile, "meta"))
+                name = f"probe {tile.dtype}"
+                launches[name] = found.pop() | {"name": name}
         layers = LAYERS | (HOPPER_LAYERS if target.arch == 90 else {})
         for title, ((batch, c_in, c_out, size, geometry), dtype, last, tf32) in layers.items():
             patch.setattr(launcher, "allow_tf32", lambda tf32=tf32: tf32)

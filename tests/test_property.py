@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import ATEN, oracle, passes, round_tf32
 from samples import TCONV
 
-from tconv import dispatch, launch, record
+from tconv import dispatch, record
 
 NAMES = ("forward", "backward_input", "backward_weight", "backward_bias")
 GPU = torch.cuda.is_available()
@@ -137,13 +137,14 @@ def test_against_the_oracle(configuration, device):
     torch.backends.cudnn.conv.fp32_precision = "tf32" if c.precision == "tf32" else "ieee"
     tensors = c.tensors(device)
     ran = {}  # by pass; what explain() says of a gradient is for a grad_output that lies as the output does
+    plan = dispatch.plan
 
     def note(problem, target):
-        return ran.setdefault(problem.direction, dispatch.plan(problem, target))
+        return ran.setdefault(problem.direction, plan(problem, target))
 
     record.forget()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "plan", note)
+        patch.setattr(dispatch, "plan", note)
         actual = passes(TCONV[c.ndim], *tensors, **c.layer)
     assert len(ran) == (0 if c.batch == 0 else 3)
     assert all(plan.family in ("few", "columns", "gemm", "direct") for plan in ran.values()), ran

@@ -47,14 +47,11 @@ def ring_memory(p: gl.constexpr):
 def ring_rows(ring, row, PIXELS: gl.constexpr, p: gl.constexpr):
     """PIXELS rows of the input ring from `row` on (a multiple of PIXELS), to be written."""
     if SLICE:
-        return reinterpret(ring, element(p), [p.ring // PIXELS, PIXELS, p.kb], swizzled(p.kb, p.size)).index(
-            row // PIXELS
-        )
+        tiles = reinterpret(ring, element(p), [p.ring // PIXELS, PIXELS, p.kb], swizzled(p.kb, p.size))
+        return tiles.index(row // PIXELS)
     else:
-        flat = reinterpret(ring, element(p), [p.ring * p.pixels // PIXELS, 1, p.kb], _pixel_rows(PIXELS, p.kb)).index(
-            row
-        )
-        return reinterpret(flat, element(p), [PIXELS, p.kb], swizzled(p.kb, p.size))
+        rows = reinterpret(ring, element(p), [p.ring * p.pixels // PIXELS, 1, p.kb], _pixel_rows(PIXELS, p.kb))
+        return reinterpret(rows.index(row), element(p), [PIXELS, p.kb], swizzled(p.kb, p.size))
 
 
 @gluon.jit

@@ -7,14 +7,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .hopper import M, barrier, element, ring_memory, ring_rows, ring_view, swizzled
 
 
-@gluon.jit
+@gluon.jit(repr=lambda specialization: "tconv_probe")
 def probe(x, w, y, p: gl.constexpr):
     """y[shift, stage] = w @ x[pixels].T, of p.pixels pixels from each of p.shifts on in each stage.
 
     x: [p.ring, p.kb], w: [M, p.kb], y: fp32 [shifts, stages, M, p.pixels]; p: a tconv.shift.Probed.
     """
     PIXELS: gl.constexpr = p.pixels
-    rows_in: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows_in: gl.constexpr = gl.BlockedLayout([1, 16 // p.size], [4, 8], [4, 1], [1, 0])
     accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIXELS, 32 // p.size])
     row = gl.arange(0, M, layout=gl.SliceLayout(1, rows_in))
     column = gl.arange(0, p.kb, layout=gl.SliceLayout(0, rows_in))

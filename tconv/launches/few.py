@@ -19,7 +19,8 @@ from .weights import pack
 def gather(
     noted: Record, chosen: Plan, target: Target, source, weight, bias, destination, geometry: Geometry, is_forward: bool
 ) -> None:
-    """Launch the few-channel kernel, forward or backward_input; 1-d and 2-d layers run as 3-d ones of one row or plane."""
+    """Launch the few-channel kernel, forward or backward_input, where the plan says so of a copy with its pixels innermost; 1-d and
+    2-d layers run as 3-d ones of one row or plane."""
     from ..kernels.few import gather_few
 
     if chosen.arranged:
