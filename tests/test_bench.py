@@ -99,6 +99,13 @@ def test_classes(text, expected):
     assert cases.classes(cases.parse_layer(text)) == expected
 
 
+def test_shrunken_layers_keep_their_classes():
+    for name in ("kernelbench", "zoo"):
+        for case in cases.suite(name):
+            small = cases.shrink(case.layer)
+            assert set(cases.classes(small)) == set(cases.classes(case.layer)), case.name
+
+
 def test_core_spans_the_classes():
     core = cases.suite("core")
     assert 35 <= len(core) <= 45
@@ -266,6 +273,9 @@ def test_speedups_and_summary():
     rows += [row("a", "tconv-graph", 0.5, rival=False, graph=True), row("a", "cudnn-graph", 0.25, graph=True)]
     found = report.speedups(rows)
     assert [s.ratio for s in found] == [2.0, 0.5, 8.0]
+    slow_host = report.speedups([row("a", ms=1.0, host_us=4000.0), row("a", "cudnn", 2.0, host_us=500.0)])
+    assert [(s.ratio, s.eager) for s in slow_host] == [(2.0, 0.5)]
+    assert report.summarise("", slow_host).cells()[2:4] == ["2.00x", "0.50x"]
     summary = report.summarise("all", found)
     assert summary.count == 3 and summary.losses == summary.left == 1
     assert summary.geomean == pytest.approx(2.0)
@@ -317,6 +327,22 @@ def test_results_merge():
     assert report.heads(new) == [new["head"]]
 
 
+def test_a_case_that_one_result_lost_and_another_has_is_not_lost():
+    lost = row("a", "", ms=None, status="timeout", **{"pass": ""})
+    one, other = (
+        {"head": {}, "rows": [lost, row("b"), row("c"), lost | {"case": "c"}]},
+        {"head": {}, "rows": [row("a")]},
+    )
+    for results in ((one, other), (other, one)):
+        merged = report.merge(list(results))["rows"]
+        assert sorted((r["case"], r["status"]) for r in merged) == [
+            ("a", "ok"),
+            ("b", "ok"),
+            ("c", "ok"),
+            ("c", "timeout"),
+        ]
+
+
 def test_failures_in_short():
     bad = [
         row(c, p, status=s, ms=None)
@@ -343,7 +369,7 @@ def test_report_into_a_page(capsys, tmp_path, monkeypatch):
         assert code == 0 and "written: " in printed and "docs/page.md" in printed
         text = page.read_text()
         assert text.startswith(f"before\n{report.BEGIN}\n\nnone") and text.endswith(f"\n\n{report.END}\nafter\n")
-        assert "old" not in text and text.count("| 31 | 0.50x | 31 |") == 4
+        assert "old" not in text and text.count("| 31 | 0.50x | 0.50x | 31 |") == 4
         assert ("(figures/speedup.svg)" in text) == ("<details>" in text) == ("--plots" in more)
     for broken in ("no markers", report.BEGIN, f"{report.END} {report.BEGIN}", 2 * f"{report.BEGIN} {report.END}"):
         page.write_text(broken)
@@ -377,6 +403,32 @@ def test_compare_calls_only_what_is_beyond_the_noise():
     assert len(compare.changes(old, new)) == 2
     notes = compare.remarks(old, new)
     assert notes[0] == "device differs: A and B" and "0.909x" in notes[1]
+    runs = [{"rows": [], "head": {"commit": c}, "settings": {"budget": b}} for c, b in (("a", 0.15), ("b", 0.05))]
+    assert compare.remarks(*runs) == ["commit differs: a and b", "budget differs: 0.15 and 0.05"]
+    moved = compare.changes({"rows": [row("a", family="gemm")]}, {"rows": [row("a", ms=0.5, family="shift")]})
+    assert moved[0].cells() == [
+        "a forward tf32 contiguous",
+        "tconv",
+        "gemm -> shift",
+        "1.0000",
+        "0.5000",
+        "0.0150",
+        "2.00x faster",
+    ]
+
+
+def test_compare_knows_models():
+    def result(ms):
+        step = {"mode": "training", "ms": {"torch": 4.0, "tconv": ms}, "ms_spread": {"torch": 0.0, "tconv": 0.0}}
+        return {
+            "head": {},
+            "rows": [],
+            "models": [{"spec": "m:f", "precision": "tf32", "memory_format": "contiguous", "rows": [step]}],
+        }
+
+    found = [c for c in compare.changes(result(2.0), result(1.0)) if c.moved]
+    assert [c.cells()[0] for c in found] == ["m:f training tf32 contiguous"]
+    assert found[0].ratio == 2.0
 
 
 # The command line
@@ -398,6 +450,8 @@ def no_gpu(monkeypatch, tmp_path):
 def test_list(capsys):
     code, text = out_of(capsys, "list", "--suite", "zoo", "--match", "DCGAN", "--plain")
     assert code == 0 and "DCGAN/g4" in text and "few output channels" in text and "5 cases" in text
+    code, text = out_of(capsys, "list", "--suite", "core", "--match", "depthwise", "--plain")
+    assert code == 0 and "MedNeXt-L-k5/up_dw32" in text and "DCGAN" not in text
 
 
 @pytest.mark.parametrize(
@@ -409,6 +463,11 @@ def test_list(capsys):
         (["--layer", "convtranspose2d"], "bad layer description"),
         (["--match", "("], "is not a regular expression"),
         (["--match", "no such case"], "no case is left"),
+        (["list", "--match", "no such case"], "no case matches 'no such case'"),
+        (["--model", "models:alone", "--suite", "zoo"], "--suite is about cases; a model has"),
+        (["--model", "models:alone", "--pass", "forward"], "--pass is about cases; a model has"),
+        (["report", "odd.json"], "odd.json is not a result of tconv.bench: a row has only case"),
+        (["report", "empty.json", "--markdown", "nowhere/x.md"], "No such file or directory: 'nowhere/x.md'"),
         (["--resume"], "there is nothing to resume"),
         (["--output", "nowhere/x.json"], "cannot write nowhere/x.json.partial"),
         (["--model", "model"], "expected --model package.module:factory, got 'model'"),
@@ -423,6 +482,8 @@ def test_list(capsys):
 )
 def test_errors_are_clear(argv, message, capsys, no_gpu):
     (no_gpu / "broken.py").write_text("1 / 0")
+    (no_gpu / "odd.json").write_text('{"head": {}, "rows": [{"case": "a"}]}')
+    (no_gpu / "empty.json").write_text('{"head": {}, "rows": []}')
     (no_gpu / "models.py").write_text(
         "import torch\ndef raises():\n    raise RuntimeError('no weights')\ndef alone():\n    return torch.nn.Linear(1, 1)\n"
     )
@@ -458,6 +519,20 @@ def test_model_without_a_gpu(capsys, no_gpu):
     )
     code, text = out_of(capsys, "--model", "upsampler:make")
     assert code == 0 and "0: conv_transpose2d 3 to 2 k2 s2, input 1x3x4x4" in text and "nothing was measured" in text
+    assert "converted 1" in text
+
+
+def test_models_without_a_gpu_are_explained_or_refused(capsys, no_gpu):
+    (no_gpu / "explained.py").write_text(
+        "import torch\n"
+        "class Own(torch.nn.ConvTranspose2d):\n    def forward(self, image):\n        return super().forward(image)\n"
+        "def keywords():\n    return Own(3, 2, 2), {'image': torch.randn(1, 3, 4, 4)}\n"
+        "def misfit():\n    return Own(3, 2, 2), torch.randn(1, 5, 4, 4)\n"
+    )
+    code, text = out_of(capsys, "--model", "explained:keywords")
+    assert code == 0 and "(the model itself): conv_transpose2d 3 to 2 k2" in text and "subclass" in text
+    assert cli.main(["--model", "explained:misfit"]) == 2
+    assert "--model explained:misfit: its inputs do not fit it: RuntimeError" in capsys.readouterr().err
 
 
 # Processes
@@ -489,7 +564,8 @@ def test_a_crash_costs_its_case_alone(capsys, no_gpu):
         "2": "error",
         "1": "wrong",
     }
-    assert rows["3"]["note"].startswith("signal 6") and rows["5"]["note"] == "no result after 5 s"
+    assert rows["3"]["note"].startswith("signal 6") and rows["3"]["note"].endswith(", at forward of fake_provider:fake")
+    assert rows["5"]["note"] == "no result after 5 s, at forward of fake_provider:fake"
     assert rows["2"]["note"] == "RuntimeError: not today" and rows["1"]["note"].startswith("forward: rms error")
     assert rows["1"]["ms"] is None
     assert code == 1 and "CRASHED" not in text and "crashed" in text and "WRONG" in text
@@ -528,6 +604,47 @@ def test_a_worker_refuses_what_is_no_model(no_gpu):
     request = {"mode": "model", "gpu": False, "spec": "refused:make", "precision": "tf32"}
     with pytest.raises(Refused, match=r"--model refused:make: make\(\) raised RuntimeError: no weights"):
         list(run.run_models([request | {"memory_format": "contiguous", "budget": 1.0, "most": 1}], 100))
+
+
+def test_what_a_further_precision_refuses_leaves_the_first(monkeypatch, no_gpu):
+    monkeypatch.setattr(run.Worker, "module", "stub")
+    (no_gpu / "stub.py").write_text(
+        STUB.replace(
+            "    os.abort()", "    print(json.dumps({'refused': 'its fp64 step ran out of memory'})); sys.exit()"
+        )
+    )
+    asked = [
+        {"mode": "model", "gpu": False, "spec": "mine:make", "memory_format": "contiguous", "precision": p}
+        for p in ("bf16", "tf32")
+    ]
+    right, refused = (told["model"] for told in run.run_models(asked, 100))
+    assert right["check"]["status"] == "ok"
+    assert refused["check"] == {"status": "refused", "note": "its fp64 step ran out of memory"}
+    with pytest.raises(Refused, match="ran out of memory"):
+        list(run.run_models(asked[1:], 100))
+
+
+@pytest.mark.parametrize("other", (["--suite", "zoo"], ["--precision", "bf16"], ["--match", "k2"]), ids=lambda o: o[0])
+def test_another_run_does_not_resume(other, capsys, no_gpu):
+    """Nor does it harm what the stopped one left, which can be reported."""
+    argv = ["--suite", "core", "--precision", "fp32", "--pass", "forward", "--output", "r.json", "--plain"]
+    settings = cli.settings_of(cli.parser().parse_args(["run", *argv]))
+    store = Store(no_gpu / "r.json", settings, False)
+    task = run.tasks(settings)[0]
+    row = base_row(task, cases.find(task["suite"], task["name"])) | {"pass": "forward", "provider": "tconv"}
+    for message in (
+        {"head": measure.head(False)},
+        {"row": row | {"status": "checked", "rms_err": 1e-7}},
+        {"end": task["id"]},
+    ):
+        store.take(message)
+    store.stop()
+    left = (no_gpu / "r.json.partial").read_text()
+    assert cli.main([*argv, *other, "--resume"]) == 2
+    assert "was begun with other options: " in capsys.readouterr().err
+    assert (no_gpu / "r.json.partial").read_text() == left
+    code, text = out_of(capsys, "report", "r.json.partial", "--plain")
+    assert code == 0 and "stopped after 1 tasks" in text and task["name"] in text
 
 
 def test_resume(capsys, no_gpu):

@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     for sub in (run, listing):
         sub.add_argument("--suite", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(cases.SUITES)}")
         sub.add_argument("--layer", action="append", default=[], metavar="TEXT", help="a layer of your own, in words")
-        sub.add_argument("--match", default="", metavar="REGEX", help="only cases whose name or description matches")
+        sub.add_argument(
+            "--match", default="", metavar="REGEX", help="only cases whose suite, name, description or classes match"
+        )
         sub.add_argument("--plain", action="store_true", help="plain lines, without rich")
     run.add_argument("--model", metavar="MODULE:FACTORY", help="a callable that returns (model, example inputs)")
     run.add_argument(
@@ -129,7 +131,9 @@ def command_run(args) -> int:
 
     settings = settings_of(args)
     if not tasks(settings):
-        raise Refused("no case is left: nothing matches, or 1-d layers were asked for in channels_last")
+        raise Refused(
+            "no case is left: nothing matches (1-d layers have no channels_last, whole problems run forward alone)"
+        )
     if not settings.gpu:
         print("No CUDA device: cases are checked on shrunken sizes in Triton's interpreter; nothing is measured.")
     progress = Plain() if args.plain else Rich()
@@ -156,6 +160,11 @@ def command_run(args) -> int:
 def _run_model(args) -> int:
     if args.gpus != 1:
         raise Refused(f"--gpus {args.gpus}: a model is measured on one GPU")
+    of_cases = ("suite", "layer", "match", "passes", "provider", "resume", "compilers")
+    if given := [name.replace("passes", "pass") for name in of_cases if getattr(args, name)]:
+        raise Refused(
+            f"--{given[0]} is about cases; a model has its inference and its training step, on torch and on tconv"
+        )
     if not _has_gpu():
         from .model import describe_model
 
@@ -170,11 +179,12 @@ def _run_model(args) -> int:
     axes = product(args.precision or ("tf32",), args.formats or ("contiguous",))
     requests = [common | {"precision": precision, "memory_format": form} for precision, form in axes]
     result: dict = {"head": {}, "settings": {}, "rows": [], "models": []}
+    Path(args.output).write_text(dump(result))  # before hours are spent, whether it can be written
     for told in run_models(requests, args.timeout):
         result["head"] = result["head"] or told["head"]
         result["models"].append(told["model"])
         print(told["model"].get("converted") or told["model"]["check"]["note"], flush=True)
-    Path(args.output).write_text(dump(result))
+        Path(args.output).write_text(dump(result))
     show(result, args.plain)
     print(f"written: {args.output}")
     return int(any(m["check"]["status"] != "ok" for m in result["models"]))
@@ -203,6 +213,8 @@ def command_list(args) -> int:
         if matches(args.match, case.suite, case):
             work = f"{case.flops('forward') / 1e9:.2f}", f"{case.bytes('forward', 4) / 1e6:.1f}"
             rows.append([case.suite, case.name, case.description, *work, ", ".join(cases.classes(case.layer))])
+    if not rows:
+        raise Refused(f"no case matches {args.match!r}")
     table("", ["suite", "case", "layer", "GFLOP", "MB fp32", "classes"], rows, args.plain)
     print(f"{len(rows)} cases")
     return 0
@@ -253,7 +265,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return commands[args.command](args)
-    except (Refused, ValueError) as error:
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Refused, ValueError, OSError) as error:
         print(f"tconv.bench: {error}", file=sys.stderr)
         return 2
 

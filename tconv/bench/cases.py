@@ -251,9 +251,10 @@ def _problem(p: dict) -> Case:
 def shrink(layer: Layer) -> Layer:
     """A layer of the same kernel, stride and class, small enough for Triton's interpreter."""
     g = layer.geometry
-    groups = min(g.groups, 2)
-    c_in = groups * min(layer.in_channels // g.groups, 5)
-    c_out = groups * min(layer.out_channels // g.groups, 4)
+    of_group = layer.out_channels // g.groups
+    many = FEW_CHANNELS + 1  # output channels, where the layer has so many: few are a class of their own
+    groups = min(g.groups, max(2, -(-many // of_group)))
+    c_in, c_out = groups * min(layer.in_channels // g.groups, 5), groups * min(of_group, -(-many // groups))
     size = [min(i, 3 if g.ndim == 3 else 5) for i in layer.input_shape[2:]]
     for axis, a in enumerate(g.axes):  # a size that padding leaves something of
         while size[axis] < layer.input_shape[2 + axis] and a.output_size(size[axis], g.output_padding[axis]) < 1:

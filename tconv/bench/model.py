@@ -26,8 +26,9 @@ from .terminal import Refused
 UNIT = {"tf32": 1e-3, "fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}
 
 
-def load(spec: str) -> tuple[nn.Module, tuple]:
-    """The model and its example inputs that "package.module:factory" returns.  Raises Refused saying what is wrong."""
+def load(spec: str) -> tuple[nn.Module, Any]:
+    """The model and its example inputs (a tuple, or a dict of keyword arguments) that "package.module:factory" returns.  Raises
+    Refused saying what is wrong."""
     where, colon, name = spec.partition(":")
     if not colon or not name:
         raise Refused(f"expected --model package.module:factory, got {spec!r}")
@@ -48,7 +49,13 @@ def load(spec: str) -> tuple[nn.Module, tuple]:
     if not isinstance(made, tuple | list) or len(made) != 2 or not isinstance(made[0], nn.Module):
         raise Refused(f"--model {spec}: expected {name}() to return (model, example inputs), got {type(made).__name__}")
     model, inputs = made
-    return model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    if isinstance(inputs, tuple | list):
+        return model, tuple(inputs)
+    return model, inputs if isinstance(inputs, dict) else (inputs,)
+
+
+def _run(function: Callable, inputs: tuple | dict) -> Any:
+    return function(**inputs) if isinstance(inputs, dict) else function(*inputs)
 
 
 def _map(function: Callable, value: Any) -> Any:
@@ -129,10 +136,10 @@ class Marks:
         }
 
 
-def _step(model: nn.Module, inputs: tuple, training: bool, amp: torch.dtype | None) -> Any:
+def _step(model: nn.Module, inputs: tuple | dict, training: bool, amp: torch.dtype | None) -> Any:
     context = torch.autocast("cuda", amp) if amp else contextlib.nullcontext()
     with context:
-        output = model(*inputs)
+        output = _run(model, inputs)
     if not training:
         return output
     loss = sum(t.float().square().mean() if amp else t.square().mean() for t in _floats(output))
@@ -147,7 +154,7 @@ def _error(actual, exact) -> float:
     return (wrong / max(sum(float(e.square().sum()) for _, e in pairs), 1e-300)) ** 0.5
 
 
-def _check(model: nn.Module, ours: nn.Module, inputs: tuple, precision: str, amp) -> dict:
+def _check(model: nn.Module, ours: nn.Module, inputs: tuple | dict, precision: str, amp) -> dict:
     """Outputs and all gradients in eval mode against a float64 copy: both errors, and whether ours is in bounds."""
     states, name = [m.training for m in (model, ours)], "fp64"
     try:
@@ -228,9 +235,14 @@ def measure_model(spec: str, precision: str, memory_format: str, budget: float, 
 
 
 def describe_model(spec: str) -> str:
-    """Without a GPU: the transposed convolutions that the model runs on its example inputs."""
+    """Without a GPU: the transposed convolutions that the model runs on its example inputs, and what convert makes of them."""
     model, inputs = load(spec)
-    lines = []
-    for layer in explain(model, *inputs).layers:  # type: ignore[union-attr]
-        lines.append(f"{layer.module}: {layer.layer}, input {'x'.join(map(str, layer.input_shape))}")
-    return "\n".join(lines) or "no transposed convolution ran"
+    try:
+        told: Any = _run(partial(explain, model), inputs)
+    except Exception as error:
+        raise Refused(f"--model {spec}: its inputs do not fit it: {type(error).__name__}: {error}") from error
+    lines = [
+        f"{layer.module or '(the model itself)'}: {layer.layer}, input {'x'.join(map(str, layer.input_shape))}"
+        for layer in told.layers
+    ]
+    return "\n".join([*(lines or ["no transposed convolution ran"]), str(convert(model))])

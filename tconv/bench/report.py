@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cases import CLASSES
+from .store import stopped
 
 KEY = ("suite", "case", "pass", "precision", "memory_format")
 BAD = ("wrong", "error", "crashed", "timeout", "skipped")
@@ -44,6 +45,11 @@ class Speedup:
         return self.rival["ms"] / self.row["ms"]
 
     @property
+    def eager(self) -> float:
+        """The ratio where call follows call in eager code: a call takes the device's time or the host's, whichever is longer."""
+        return _with_host(self.rival) / _with_host(self.row)
+
+    @property
     def lost(self) -> bool:
         """Whether tconv is slower beyond the noise."""
         return self.row["ms"] - self.rival["ms"] > noise(self.row, self.rival)
@@ -60,36 +66,51 @@ class Speedup:
         )
 
 
+def _with_host(row: dict) -> float:
+    return max(row["ms"], row["host_us"] / 1e3)
+
+
 @dataclass(frozen=True)
 class Summary:
-    """Of some speed-ups: how many, their geometric mean, how many are losses beyond the noise, how many are of passes that
+    """Of some speed-ups: how many, their geometric mean, that with the host's time (Speedup.eager), how many are losses beyond the noise, how many are of passes that
     tconv leaves to aten (a training step counts if one of its passes is left), and the worst."""
 
     label: str
     count: int
     geomean: float
+    eager: float
     losses: int
     left: int
     worst: Speedup
 
     def cells(self) -> list[str]:
         worst = f"{self.worst.ratio:.2f}x {self.worst.name} (to {self.worst.rival['provider']})"
-        return [self.label, str(self.count), f"{self.geomean:.2f}x", str(self.losses), str(self.left), worst]
+        return [
+            self.label,
+            str(self.count),
+            f"{self.geomean:.2f}x",
+            f"{self.eager:.2f}x",
+            str(self.losses),
+            str(self.left),
+            worst,
+        ]
 
 
-SUMMARY_COLUMNS = ["", "cases", "geomean", "losses", "left to aten", "worst"]
+SUMMARY_COLUMNS = ["", "cases", "geomean", "eager", "losses", "left to aten", "worst"]
 
 
 def load(path: str) -> dict:
-    """A result file.  Raises ValueError where it is none."""
+    """A result file, or a stopped run's partial one.  Raises ValueError where it is neither."""
     try:
-        result = json.loads(Path(path).read_text())
+        result = stopped(Path(path)) if path.endswith(".partial") else json.loads(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not a result of tconv.bench: {error}") from error
     if not isinstance(result, dict) or "rows" not in result or "head" not in result:
         raise ValueError(f"{path} is not a result of tconv.bench: it has no head and rows")
+    if odd := next((row for row in result["rows"] if not {*KEY, "provider", "status"} <= row.keys()), None):
+        raise ValueError(f"{path} is not a result of tconv.bench: a row has only {', '.join(odd)}")
     return result
 
 
@@ -119,7 +140,10 @@ def speedups(rows: list[dict], provider: str = "tconv") -> list[Speedup]:
 def summarise(label: str, found: list[Speedup]) -> Summary:
     ratios = [s.ratio for s in found]
     worst = min(found, key=lambda s: s.ratio)
-    return Summary(label, len(found), geomean(ratios), sum(s.lost for s in found), sum(s.left for s in found), worst)
+    eager = geomean(s.eager for s in found)
+    return Summary(
+        label, len(found), geomean(ratios), eager, sum(s.lost for s in found), sum(s.left for s in found), worst
+    )
 
 
 def by_axis(found: list[Speedup], suites: bool = True) -> list[Summary]:
@@ -183,12 +207,24 @@ def case_cells(s: Speedup) -> list[str]:
     ]
 
 
+def _whole(row: dict) -> tuple:
+    """What identifies a case at one precision in one memory format."""
+    return tuple(row[k] for k in KEY if k != "pass")
+
+
 def merge(results: list[dict]) -> dict:
-    """Several results as one.  A case that more than one of them holds comes from the first, with all its providers."""
+    """Several results as one.  A case that more than one of them holds comes from the first, with all its providers; what one of
+    them says of a whole case (that it took too long, say) holds unless another has measured the case."""
     rows: list[dict] = []
-    for result in results:
+    measured = [{_whole(r) for r in result["rows"] if r["pass"]} for result in results]
+    for i, result in enumerate(results):
         known = {tuple(r[k] for k in KEY) for r in rows}
-        rows += [r for r in result["rows"] if tuple(r[k] for k in KEY) not in known]
+        elsewhere = set().union(*measured[:i], *measured[i + 1 :])
+        rows += [
+            r
+            for r in result["rows"]
+            if tuple(r[k] for k in KEY) not in known and (r["pass"] or _whole(r) not in elsewhere)
+        ]
     lists = {key: [r for x in results for r in x.get(key) or ()] for key in ("first_calls", "models")}
     return dict(results[0], rows=rows, heads=[x["head"] for x in results], **lists)
 
@@ -211,6 +247,8 @@ def describe_head(head: dict) -> str:
     clocks = head.get("clocks") or {}
     if clocks:
         text += "\nclocks read: " + ", ".join(f"{k} {v}" for k, v in clocks.items())
+    if "stopped" in head:
+        text += f"\nstopped after {head['stopped']} tasks (cases, precisions and memory formats)"
     if "all" in head.get("seconds", ()):
         text += f"\nthe run took {head['seconds']['all']:.0f} s"
     return text
@@ -248,11 +286,9 @@ def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tu
         tables.append(("Cold first call, seconds", ["case", "precision", "provider", "s"], first))
     checked = [r for r in rows if r["status"] == "checked"]
     if checked and cases:
-        lines = [
-            [r["case"], r["pass"], r["precision"], r["memory_format"], r["provider"], f"{r['rms_err']:.1e}"]
-            for r in checked
-        ]
-        columns = ["case", "pass", "precision", "format", "provider", "rms error"]
+        names = "case", "pass", "precision", "memory_format", "provider", "family", "checked_as"
+        lines = [[*(r.get(name) or "" for name in names), f"{r['rms_err']:.1e}"] for r in checked]
+        columns = ["case", "pass", "precision", "format", "provider", "kernel", "checked as", "rms error"]
         tables.append(("Checked on shrunken sizes; nothing was measured", columns, lines))
     for model in result.get("models") or ():
         tables += model_sections(model)
@@ -276,7 +312,7 @@ def model_sections(model: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """The tables of a whole model: its steps, and its layers in them."""
     title = f"{model['spec']}, {model['precision']}, {model['memory_format']}"
     status = model["check"]["status"]
-    if status in ("crashed", "timeout"):
+    if status in ("crashed", "timeout", "refused"):
         return [(f"{title}: {status.upper()}, not timed", ["", "why"], [["its process", model["check"]["note"]]])]
     errors = model["check"]["rms_err"]
     if status != "ok":
@@ -303,6 +339,18 @@ def model_sections(model: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
 
 
+def model_rows(result: dict) -> list[dict]:
+    """The steps of whole models as rows: pass "inference" or "training", provider "torch" or "tconv"."""
+    rows = []
+    for model in result.get("models") or ():
+        of_model = {"suite": "model", "case": model["spec"], **{k: model[k] for k in ("precision", "memory_format")}}
+        for step in model["rows"]:
+            for provider, ms in step["ms"].items():
+                figures = {"provider": provider, "ms": ms, "ms_spread": step["ms_spread"][provider]}
+                rows.append(of_model | figures | {"pass": step["mode"], "status": "ok", "note": ""})
+    return rows
+
+
 def verdict(found: list[Speedup]) -> str:
     """What all cases come to, in sentences, the losses first."""
     s = summarise("", found)
@@ -310,8 +358,9 @@ def verdict(found: list[Speedup]) -> str:
     return (
         f"tconv is slower than the best other provider, beyond the noise, in **{s.losses} of {s.count}** cases"
         + (f", and leaves {s.left} to aten" if s.left else "")
-        + f". The geometric mean of the speed-ups is **{s.geomean:.2f}x**, the worst is {s.cells()[-1]}. The median call "
-        f"keeps the host busy for {own:.0f} us, the best other provider's for {other:.0f} us."
+        + f". The geometric mean of the speed-ups on the device is **{s.geomean:.2f}x**, the worst is {s.cells()[-1]}. The median call "
+        f"keeps the host busy for {own:.0f} us, the best other provider's for {other:.0f} us: call after call in eager code, where the "
+        f"longer of host and device decides, the geometric mean is **{s.eager:.2f}x**."
     )
 
 

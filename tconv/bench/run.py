@@ -29,9 +29,10 @@ SAME = ("device", "driver", "torch", "triton", "cudnn", "commit")  # what a resu
 
 
 def matches(pattern: str, suite: str, case: cases.Case) -> bool:
-    """Whether a case's suite, name and description fit --match.  Raises ValueError for a bad pattern."""
+    """Whether a case's suite, name, description and classes fit --match.  Raises ValueError for a bad pattern."""
+    classes = ", ".join(cases.classes(case.layer))
     try:
-        return re.search(pattern, f"{suite} {case.name} {case.description}") is not None
+        return re.search(pattern, f"{suite} {case.name} {case.description} {classes}") is not None
     except re.error as error:
         raise ValueError(f"--match {pattern!r} is not a regular expression: {error}") from error
 
@@ -63,13 +64,15 @@ def run(settings: Settings, store: Store, progress: Any) -> None:
     begin = time.perf_counter()
     listed = tasks(settings)
     pending = [t for t in listed if t["id"] not in store.done]
-    if settings.gpu and settings.compilers > 1 and "tconv" in settings.providers and len(pending) >= WORTH:
-        prepare(settings, store, pending, progress)
-    progress.start(len(listed), len(listed) - len(pending))
-    measure(settings, store, progress, pending)
-    if settings.gpu and settings.first_calls and "tconv" in settings.providers:
-        store.first = _first_calls(settings, listed, progress)
-    store.spend({"all": time.perf_counter() - begin})
+    try:
+        if settings.gpu and settings.compilers > 1 and "tconv" in settings.providers and len(pending) >= WORTH:
+            prepare(settings, store, pending, progress)
+        progress.start(len(listed), len(listed) - len(pending))
+        measure(settings, store, progress, pending)
+        if settings.gpu and settings.first_calls and "tconv" in settings.providers:
+            store.first = _first_calls(settings, listed, progress)
+    finally:  # also of a part that is stopped
+        store.take({"seconds": {"all": time.perf_counter() - begin}})
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Lane:
     tasks: list[dict] = field(default_factory=list)
     handed: int = 0  # tasks, to this process
     current: dict | None = None  # begun, not ended
+    doing: str = ""  # pass and provider that the process is at
     rows: list[dict] = field(default_factory=list)  # of the current task
     deadline: float = 0.0  # of the next message
     refused: str = ""  # why no process of it starts: it is left out then
@@ -140,8 +144,11 @@ def _listen(lane: Lane, waiting: list[list[dict]], settings: Settings, store: St
             if "refused" in message:
                 raise Refused(message["refused"])
             if "begin" in message:
-                lane.current, lane.rows = lane.tasks[0], []
+                lane.current, lane.rows, lane.doing = lane.tasks[0], [], ""
                 progress.at(describe(lane.current), len(store.done))
+                continue
+            if "doing" in message:
+                lane.doing = f", at {message['doing']}"
                 continue
             store.take(message)
             if "row" in message:
@@ -162,7 +169,7 @@ def _listen(lane: Lane, waiting: list[list[dict]], settings: Settings, store: St
     worker.stop()
     if lane.current:
         lost, lane.current = lane.tasks.pop(0), None
-        note = f"no result after {settings.timeout:.0f} s" if failed else worker.last_words()
+        note = (f"no result after {settings.timeout:.0f} s" if failed else worker.last_words()) + lane.doing
         row = base_row(lost, cases.find(lost["suite"], lost["name"]))
         store.take({"row": row | {"status": failed or "crashed", "note": note}})
         store.take({"end": lost["id"]})
@@ -176,9 +183,10 @@ def _listen(lane: Lane, waiting: list[list[dict]], settings: Settings, store: St
 
 
 def run_models(requests: list[dict], timeout: float) -> Iterator[dict]:
-    """For each request a worker's {"head": ..., "model": ...}; a crash or timeout stands in the check of its model.
+    """For each request a worker's {"head": ..., "model": ...}; a crash or timeout stands in the check of its model, and what
+    refuses a further precision or memory format than the first.
 
-    Raises Refused where the model cannot be loaded or checked.
+    Raises Refused where the model cannot be loaded or checked at the first.
     """
     for request in requests:
         worker, status = Worker(request), "crashed"
@@ -190,10 +198,17 @@ def run_models(requests: list[dict], timeout: float) -> Iterator[dict]:
             status = "timeout"
         finally:
             worker.stop()
-        if "refused" in told:
+        if "refused" in told and request is requests[0]:
             raise Refused(told["refused"])
         if "model" not in told:
-            note = worker.last_words() if status == "crashed" else f"no result after {timeout:.0f} s"
+            status = "refused" if "refused" in told else status
+            note = (
+                told["refused"]
+                if status == "refused"
+                else worker.last_words()
+                if status == "crashed"
+                else f"no result after {timeout:.0f} s"
+            )
             asked = {k: request[k] for k in ("spec", "precision", "memory_format")}
             told["model"] = asked | {"check": {"status": status, "note": note}, "rows": []}
         yield told

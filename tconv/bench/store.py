@@ -34,7 +34,19 @@ class Settings:
 
     def kept(self) -> dict:
         """What is written beside the rows, and must agree when a run is resumed."""
-        names = ("passes", "providers", "budget", "fewest", "most", "gpu")
+        names = (
+            "suites",
+            "layers",
+            "match",
+            "passes",
+            "precisions",
+            "formats",
+            "providers",
+            "budget",
+            "fewest",
+            "most",
+            "gpu",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -53,7 +65,7 @@ class Store:
         if self.partial.exists():
             if not resume:
                 raise Refused(f"{self.partial} is what a stopped run left: --resume goes on with it, or remove it")
-            lines = self._load(settings)
+            lines = self._load(settings.kept())
         elif resume and not path.exists():
             raise Refused(f"there is nothing to resume: {self.partial} does not exist")
         elif resume:
@@ -65,22 +77,12 @@ class Store:
         for line in [{"settings": settings.kept()}, *lines]:
             self._write(line)
 
-    def _load(self, settings: Settings) -> list[dict]:
-        messages = []
-        for text in self.partial.read_text().splitlines():
-            try:
-                messages.append(json.loads(text))
-            except json.JSONDecodeError:
-                break  # the line at which the run was stopped
-        before = messages[0].get("settings") if messages else None
-        if before is not None and before != settings.kept():
-            changed = [f"{k} {v} (now {settings.kept()[k]})" for k, v in before.items() if v != settings.kept()[k]]
+    def _load(self, now: dict) -> list[dict]:
+        before, kept = _partial_messages(self.partial)
+        if before is not None and before != now:
+            changed = [f"{k} {before.get(k)} (now {v})" for k, v in now.items() if v != before.get(k)]
             raise Refused(f"{self.partial} was begun with other options: {'; '.join(changed)}")
-        ended = {m["end"] for m in messages if "end" in m}
-        kept = [
-            m for m in messages if m.keys() & {"head", "end", "seconds"} or ("row" in m and task_id(m["row"]) in ended)
-        ]  # rows of a task that did not end are measured again
-        for message in kept:
+        for message in kept:  # what did not end is measured again
             self._take(message)
         return kept
 
@@ -130,6 +132,27 @@ class Store:
         self.file.close()
         self.partial.unlink()
         return result
+
+
+def _partial_messages(path: Path) -> tuple[dict | None, list[dict]]:
+    """Of a partial file: the settings that it was begun with, and what was said of the tasks that ended."""
+    messages = []
+    for text in path.read_text().splitlines():
+        try:
+            messages.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # the line at which the run was stopped
+    ended = {m["end"] for m in messages if "end" in m}
+    said = [m for m in messages if m.keys() & {"head", "end", "seconds"} or ("row" in m and task_id(m["row"]) in ended)]
+    return (messages[0].get("settings") if messages else None), said
+
+
+def stopped(path: Path) -> dict:
+    """What a stopped run has so far, from its partial file, as a result."""
+    settings, said = _partial_messages(path)
+    head: dict = next((m["head"] for m in said if "head" in m), {})
+    head = head | {"stopped": sum("end" in m for m in said)}
+    return {"head": head, "settings": settings or {}, "rows": [m["row"] for m in said if "row" in m], "first_calls": []}
 
 
 def rounded(value):

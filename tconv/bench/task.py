@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -169,8 +169,8 @@ class Task:
         where = self.task["memory_format"], bool(self.case.problem), roof
         return Work(pass_name, self.case.layer, self.module, self.inputs, self.grad, *where)
 
-    def rows(self, pass_name: str) -> list[dict]:
-        """Check every provider on one pass, then time in turn those that are right."""
+    def rows(self, pass_name: str, say: Callable) -> list[dict]:
+        """Check every provider on one pass, then time in turn those that are right; say which is at work."""
         gpu, case = self.request["gpu"], self.case
         if case.problem:
             case = replace(case, elements=(case.elements or 0) + self.truth.result("forward").numel())
@@ -184,6 +184,7 @@ class Task:
             provider = providers.find(name)
             if provider.needs_gpu and not gpu:
                 continue
+            say(doing=f"{pass_name} of {name}")
             row = base | {"provider": name, "rival": provider.rival, "graph": provider.graph}
             run = Run(name, lambda: None, provider.benchmark, provider.own_thread, pass_name == "training")
             try:
@@ -211,6 +212,7 @@ class Task:
                 row["status"], row["note"] = failure(raised)
             rows[name] = row
         if gpu and runs:
+            say(doing=f"timing {pass_name}")
             try:
                 with spent("timing"):
                     self.time(runs, rows, flops, nbytes, roof)
@@ -241,7 +243,7 @@ class Task:
 COLUMNS = (
     *("suite", "case", "pass", "dtype", "precision", "memory_format", "provider", "ms", "ms_spread", "tflops", "gbps"),
     *("roof_ms", "roof_share", "max_err", "rms_err", "status", "note", "family", "host_us", "rounds", "cold_l2"),
-    *("flops", "bytes", "rival", "graph", "classes", "layer"),
+    *("flops", "bytes", "rival", "graph", "classes", "layer", "checked_as"),
 )
 
 
@@ -300,10 +302,11 @@ def run_task(request: dict, task: dict, say, kept: dict) -> None:
     try:
         work = Task(request, task, kept["truth"])
         for pass_name in task["passes"]:
-            for row in work.rows(pass_name):
+            for row in work.rows(pass_name, say):
                 if not gpu:  # of a shrunken layer only errors are told, under the case's own name
                     own = base_row(task, original)
                     row |= {"layer": own["layer"], "classes": own["classes"], "flops": None, "bytes": None}
+                    row["checked_as"] = case.description
                 say(row=row)
     except Exception as error:
         kept.clear()

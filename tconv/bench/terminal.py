@@ -14,12 +14,12 @@ class Refused(Exception):
 
 
 def console() -> Any:
-    """rich's console, 120 wide where there is no terminal.  Raises Refused where rich is not installed."""
+    """rich's console, wide enough for any table where there is no terminal.  Raises Refused where rich is not installed."""
     try:
         from rich.console import Console
     except ImportError as error:
         raise Refused(f"tables and progress are drawn by rich, which is not installed: {EXTRA}, or --plain") from error
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 300, highlight=False)
 
 
 class Rich:
