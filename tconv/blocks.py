@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from .configs import cdiv
+from .configs import Tile, cdiv
 from .geometry import Geometry, sizes3
 from .shift import SHARED, bytes_of
 
@@ -20,7 +20,7 @@ BOXES = (128, 64, 32, 16)  # pixels
 LEAST_LAST = {2: 32, 4: 16}  # of those in channels_last, by bytes of an element
 TILES = ((64, 128), (128, 64), (64, 64))  # pixels and columns, as they were quickest (docs/kernels.md)
 LEAST_STAGES, MOST_STAGES = 4, 6
-MOST_PIXELS = 1 << 30  # of a batch: kernels.blocks counts them in 32 bits
+MOST_PIXELS = 1 << 30  # of a batch, and rows of its output: kernels.blocks counts them in 32 bits
 # How much more pixels, those beyond the end of a line included, may be multiplied than there are.
 MOST_PADDED = 1.1
 # The input is read once for each tile of columns, mostly from the L2: at most so many times the bytes that input and output have, by
@@ -29,7 +29,7 @@ MOST_READ = {("width", 2): 3.5, ("channels", 2): 2.5, ("width", 4): 1.8, ("chann
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Tile):
     """A tile of the block kernel: of `pixels` input pixels `columns` outputs each, by four warps.
 
     A line is a row of pixels, or where rows are shorter than a box and the input is contiguous a whole image."""
@@ -78,7 +78,7 @@ class Blocks:
         return self.channels if self.size == 4 else ROW // self.size
 
     def describe(self) -> str:
-        """In words; not __str__, which Triton takes for the key of its cache."""
+        """In words."""
         return (
             f"{self.pixels} pixels in rows of {self.box}, {self.columns} columns, {self.kb} channels, {self.stages} stages, "
             "four warps a tile, bulk copies and bulk stores"

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from dataclasses import dataclass
+from functools import cache
+
+from . import geometry
 
 # fp32 elements of workspace that a pass may take for its partial sums (64 Mi = 256 MB): users of
 # cuDNN complain of workspaces of 4.7 to 48 GiB.  One split always fits, whatever the weight's size.
@@ -19,6 +25,22 @@ class Target:
     triton: tuple[int, int] = (3, 6)  # major and minor version
     without: tuple[str, ...] = ()  # the families that are not to be chosen
     fault: str = ""  # of the Hopper kernels, as the probe found it (probe.fault)
+
+
+class Tile:
+    """What a kernel is compiled for, as one object.  Triton's cache on disk, which knows of a kernel its own code, knows it by its
+    `cache_key`: its fields, and the code of the properties that the kernel reads."""
+
+    @property
+    def cache_key(self) -> str:
+        return f"{self!r} {_code_behind(type(self).__module__)}"
+
+
+@cache
+def _code_behind(module: str) -> str:
+    """A digest of a module's code and of what tiles' properties use besides."""
+    sources = (inspect.getsource(sys.modules[name]) for name in (module, __name__, geometry.__name__))
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

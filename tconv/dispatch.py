@@ -133,9 +133,12 @@ def unsupported(target: Target) -> str | None:
 
 def decide(problem: Problem, target: Target, device: torch.device) -> Plan:
     """`plan` for a pass on a device, which must pass the probe before a Hopper kernel runs there."""
-    chosen, fault = plan(problem, target), ""
-    if device.type == "cuda" and isinstance(chosen.config, (blocks.Blocks, shift.Shift)):
-        fault = probe.fault(device, chosen.config.size)
+    chosen = plan(problem, target)
+    if device.type != "cuda" or not isinstance(chosen.config, (blocks.Blocks, shift.Shift)):
+        return chosen
+    fault = probe.fault(device, chosen.config.size)
+    if fault is None:
+        return replace(chosen, lasting=False)
     return plan(problem, replace(target, fault=fault)) if fault else chosen
 
 

@@ -314,7 +314,14 @@ def blocked(asked: Asked) -> Plan | str:
     # Of one tap channels lie side by side either way.
     lies = p.weight == "pieces" if p.channels_last or p.geometry.taps == 1 else p.weight == "taps"
     lies = asked.how == "tf32" or (asked.how == "half" and lies)
-    if not (lies and same and p.dense and p.aligned) or p.c_in < shift.LEAST_CHANNELS or p.pixels >= blocks.MOST_PIXELS:
+    if asked.how not in ("half", "tf32"):
+        return "the block kernel has 16 bits and TF32"
+    rows = prod(p.geometry.output_size(p.input_size)[:-1]) * (p.batch if p.channels_last else 1)
+    if (
+        not (lies and same and p.dense and p.aligned)
+        or p.c_in < shift.LEAST_CHANNELS
+        or max(p.pixels, rows) >= blocks.MOST_PIXELS
+    ):
         return "not what the block kernel's bulk copies take"
     sizes = p.batch, p.c_in, p.c_out, p.input_size
     stride = sizes3(p.geometry.kernel)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from math import gcd, prod
 
-from .configs import Target, cdiv
+from .configs import Target, Tile, cdiv
 from .geometry import Axis, Geometry, sizes3
 
 # Groups of at most so many channels on both sides (depthwise layers, and nearly so).  A weight's gradient reads the pixels of
@@ -66,7 +66,7 @@ SPLITS = (2, 4)
 
 
 @dataclass(frozen=True)
-class Few:
+class Few(Tile):
     """A tile: some pixels, with every phase along height and width, of some destination channels.
 
     Of a weight's gradient: some input pixels, with every tap along height and width, of some pairs of channels.

@@ -90,7 +90,7 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
             long.forward(noted, chosen, *tensors, geometry)
         else:
             gemm.gather(noted, chosen, *tensors, geometry, True, problem.large)
-    return noted.keep(key)
+    return noted.keep(key if chosen.lasting else None)
 
 
 def backward_input(grad_output, weight, input_size, geometry: Geometry) -> torch.Tensor:

@@ -50,17 +50,15 @@ def launch(tile: Probed, *tensors: torch.Tensor) -> None:
     kernels.probe[(1,)](*tensors, tile, num_warps=4, **record.FUSED)
 
 
-def fault(device: torch.device, size: int) -> str:
+def fault(device: torch.device, size: int) -> str | None:
     """What is wrong with the views of shared memory on a Hopper GPU, of elements of `size` bytes, under the Triton that is
-    installed, or "".  It is found out once, but not while a graph is being captured, which would fail, or under a mode, which would
-    see it: until then nothing is known to be wrong."""
+    installed, or "".  It is found out once; None until then while a graph is being captured, which would fail, and under a mode,
+    which would see it."""
     key = device, size
     if key not in _found:
         if torch._C._len_torch_dispatch_stack() or torch.cuda.is_current_stream_capturing():
-            return ""
+            return None
         _found[key] = _probe(TILES[size], device)
-        if _found[key]:
-            record.forget()  # what a graph's capture may have recorded
     return _found[key]
 
 

@@ -125,6 +125,7 @@ class Plan:
     # Whether what the pass reads is first copied, its channels innermost, at TF32 rounded: for the shift kernel its input, of
     # strips with zeros behind rows; for aten's gradients the activations.  For the few-channel kernels, its pixels innermost.
     arranged: bool = False
+    lasting: bool = True  # whether the next call of its kind may repeat it: not before the device could be probed
 
 
 def precision(problem: Problem, target: Target) -> str:

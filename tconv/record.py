@@ -138,12 +138,12 @@ class Record:
         of_kernel = compiled.run, compiled.function, compiled.packed_metadata
         self._steps.append(Step(compiled, *of_kernel, (*grid, 1), values, places))
 
-    def keep(self, key: tuple) -> torch.Tensor:
-        """Let `find` find this, if it can be repeated; returns the result."""
+    def keep(self, key: tuple | None) -> torch.Tensor:
+        """Let `find` find this, if it can be repeated and there is a key; returns the result."""
         result = self._known[-len(self._allocations)]
         assert result is not None
         self._known, self._parts = [], []
-        if self._complete:
+        if self._complete and key is not None:
             keep(key, self)
         return result
 

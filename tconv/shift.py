@@ -12,7 +12,7 @@ from itertools import product
 from math import gcd, prod
 from typing import NamedTuple
 
-from .configs import WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
+from .configs import WORKSPACE_ELEMENTS, Target, Tile, cdiv, power_of_two
 from .geometry import Axis, sizes3
 
 SHARED = 232448 - 2048  # bytes of shared memory a block may have on sm_90, less the barriers
@@ -133,7 +133,7 @@ def bytes_of(dtype: str) -> int:
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Tile):
     """A tile of the shift kernel, in the form that it takes."""
 
     # By phase along the height, or one for all where they are `alike` or read `by_row`: (accumulator, weight block,
@@ -234,7 +234,7 @@ class Shift:
         return len(self.low) == 1
 
     def describe(self) -> str:
-        """In words; not __str__, which Triton takes for the key of its cache."""
+        """In words."""
         folded = f", {self.fold.phases} phases folded" if self.fold.phases > 1 else ""
         pixels = (
             f"{self.rows} pixels in rows of {self.box}"
@@ -249,7 +249,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Probed:
+class Probed(Tile):
     """The tile of the probe (probe.py): what the views of shared memory ask of a Shift."""
 
     dtype: str  # "bf16" or "tf32"

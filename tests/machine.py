@@ -127,6 +127,9 @@ class Descriptor:
     def __init__(self, memory, facts, strict):
         self.strict = strict
         self.memory, (self.shape, self.strides, self.box, _, *more) = memory, facts
+        inner = self.box[-1] * memory.size
+        assert not strict or (inner % 16 == 0 and inner <= 128), "swizzled rows have 16 to 128 bytes"
+        assert max(self.shape) < 2**31 and max(self.strides) * memory.size < 2**40, "beyond what a descriptor holds"
         at = memory.t.data_ptr(), *(n * memory.size for n in self.strides[:-1])
         assert not strict or not any(n % 16 for n in at), "bulk copies take addresses and strides of whole 16 bytes"
         assert self.strides[-1] == 1 and max(self.box) <= 256 and len(self.box) <= 5
@@ -136,6 +139,7 @@ class Descriptor:
         assert not self.strict or int(corner[-1]) * self.memory.size % 16 == 0, (
             "a bulk copy begins between two multiples of 16 bytes"
         )
+        assert all(abs(int(n)) < 2**31 for n in corner), "coordinates have 32 bits"
         at, inside = 0, True
         for axis, (begin, n) in enumerate(zip(corner, self.box, strict=True)):
             shape = [-1 if i == axis else 1 for i in range(len(self.box))]

@@ -1,6 +1,8 @@
 """The block kernel (kernel = stride without padding): its own code on the CPU by tests/machine.py, itself on a Hopper GPU."""
 
 import dataclasses
+import inspect
+import itertools
 from math import prod
 
 import pytest
@@ -9,18 +11,22 @@ from machine import Emulated
 from oracle import ATEN, assert_no_worse, errors, oracle, round_tf32
 from samples import TCONV
 from test_machine import LAST, assert_near
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from tconv import blocks, dispatch, explain, launch, layouts
+from tconv import blocks, configs, dispatch, explain, launch, layouts
 from tconv.configs import Target
 from tconv.geometry import Geometry, sizes3
+from tconv.kernels import blocks as kernels
 from tconv.launches.blocks import forward
 from tconv.problem import Plan
+from tconv.workloads import SUITES, layers
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for that")
 on_hopper = pytest.mark.skipif(not GPU, reason="needs a Hopper GPU")
 DTYPES = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FEW = Target("interpreter", 0, 5)  # processors: so that each CTA has several tiles
+PADDED = blocks.MOST_PADDED
 TARGET = Target("cuda", 90, 132, (3, 9), ("columns", "few"))
 
 # name: (input, output channels, kernel)
@@ -39,6 +45,13 @@ LAYERS = {
     "k3": ((2, 40, 5, 32), 32, (3, 3)),
     "rows of 8 bytes": ((2, 24, 12, 44), 16, (2, 2)),  # and 80: of 16-bit elements no bulk copy can begin with a row
     "long rows": ((1, 16, 1, 320), 16, (1, 2)),
+    "64 channels in rows of 64": ((2, 24, 2, 64), 64, (2, 2)),
+    "64 channels in rows of 16": ((2, 24, 4, 16), 64, (2, 2)),
+    "pieces of a row of the block": ((2, 24, 2, 64), 24, (1, 3)),
+    "pieces, rows": ((2, 24, 2, 64), 40, (2, 1)),
+    "boxes of 16": ((1, 24, 3, 48), 32, (2, 2)),
+    "boxes of 32": ((2, 24, 2, 96), 32, (2, 2)),
+    "short rows": ((2, 24, 8, 4), 64, (2, 2)),
 }
 
 
@@ -48,11 +61,15 @@ def geometry(kernel):
 
 
 def tiles(name, dtype, last, monkeypatch):
-    """All tiles that fit the layer, the other sizes that tiles come in included."""
+    """All tiles that fit the layer, the other sizes that tiles come in included: as they are chosen, and with more of them empty, of
+    larger boxes."""
     (_, c_in, *size), c_out, kernel = LAYERS[name]
-    monkeypatch.setattr(blocks, "MOST_PADDED", 1.7)
-    layout = "channels" if last else "width"
-    return list(blocks._candidates(sizes3(kernel), c_in, c_out, blocks.joined(kernel, tuple(size)), dtype, layout))
+    layer = sizes3(kernel), c_in, c_out, blocks.joined(kernel, tuple(size)), dtype, "channels" if last else "width"
+    found = []
+    for padded in (PADDED, 1.7):
+        monkeypatch.setattr(blocks, "MOST_PADDED", padded)
+        found += blocks._candidates(*layer)
+    return list(dict.fromkeys(found))
 
 
 # (layer, bytes of an element, channels_last) that no tile fits: rows shorter than a box in channels_last, channels that are not packed
@@ -62,6 +79,10 @@ NONE = {
     *(("rows", 4, True), ("k4", 4, True)),
     *(("k3", size, False) for size in (2, 4)),
     ("rows of 8 bytes", 2, False),
+    *(("short rows", *facts) for facts in ((2, False), (2, True), (4, True))),
+    ("64 channels in rows of 16", 2, True),
+    *(("pieces of a row of the block", *facts) for facts in ((2, False), (4, False), (4, True))),
+    ("pieces, rows", 4, True),
 }
 
 
@@ -150,6 +171,9 @@ def test_which_layers_it_takes():
     assert plan(problem_of("depth of one", "tf32", False, weight="channels"), TARGET).family == "blocks"
     assert plan(problem_of("depth of one", "tf32", False, tf32=False), TARGET).family != "blocks"
     assert plan(problem_of("depth of one", "bf16", False, batch=1 << 24), TARGET).family != "blocks"  # 2^33 pixels
+    wide = dict(geometry=geometry((2, 8, 2)), batch=1)  # 2^29.8 pixels, but 2^30.8 rows of the output; and a fiftieth
+    assert plan(problem_of("depth", "bf16", False, input_size=(20000, 6000, 8), **wide), TARGET).family != "blocks"
+    assert plan(problem_of("depth", "bf16", False, input_size=(400, 6000, 8), **wide), TARGET).family == "blocks"
     said = plan(
         problem_of("depth of one", "bf16", False), dataclasses.replace(TARGET, without=("columns", "few", "blocks"))
     )
@@ -170,6 +194,43 @@ def test_which_layers_it_takes():
 def test_what_is_no_block(change):
     assert blocks.takes(geometry((2, 2)))
     assert not blocks.takes(dataclasses.replace(geometry((2, 2)), **change))
+
+
+def test_tritons_cache_knows_what_a_tiles_properties_are_made_of(monkeypatch):
+    """Or it would run old kernels after they have changed."""
+    tile = next(blocks._candidates((1, 2, 2), 64, 32, (1, 64, 64), "bf16", "width"))
+
+    def digest():
+        types = {name: "constexpr" if name == "p" else "i32" for name in kernels.blocks_forward.arg_names}
+        return GluonASTSource(kernels.blocks_forward, types, {"p": tile}, {}).hash()
+
+    before = digest()
+    assert digest() == before
+    configs._code_behind.cache_clear()
+    getsource = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda m: getsource(m) + "# changed" * (m is blocks))
+    assert digest() != before
+    configs._code_behind.cache_clear()
+
+
+def test_every_family_of_tiles_is_seen():
+    """Those that benchmarked layers take, among the ones that the tests above run."""
+    tested, taken = set(), set()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, dtype, last in itertools.product(LAYERS, ("tf32", "bf16"), (False, True)):
+            tested |= {form(tile) for tile in tiles(name, dtype, last, patch)}
+    for layer in (layer for suite in SUITES for layer in layers(suite)):
+        if not blocks.takes(layer.geometry):
+            continue
+        for dtype, last in itertools.product(("tf32", "bf16"), ("width", "channels")):
+            sizes = layer.input_shape[0], layer.in_channels, layer.out_channels, layer.input_shape[2:]
+            tile = blocks.choose(sizes3(layer.geometry.kernel), *sizes, dtype, last, 132)
+            taken |= {form(tile)} if tile else set()
+    assert taken <= tested, taken - tested
+
+
+def form(tile):
+    return tile.layout, tile.dtype, tile.box, tile.chunk
 
 
 def test_tiles_fit():

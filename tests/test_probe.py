@@ -95,17 +95,15 @@ def test_what_fails_at_the_launch_is_raised_and_asked_again(compiled, monkeypatc
 
 
 def test_it_is_found_out_once_and_never_while_a_graph_is_captured(compiled, monkeypatch):
-    """What is known holds in a capture, too; a fault that is found after one takes back what the capture has recorded."""
+    """What is known holds in a capture, too."""
     capturing, launched = True, []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(probe, "launch", lambda *_: launched.append(1))
-    assert probe.fault(CPU, 2) == ""
+    assert probe.fault(CPU, 2) is None
     assert not launched
-    record.keep(("key",), "what the capture has recorded")
     capturing = False
     found = probe.fault(CPU, 2)
     assert "were wrong" in found
-    assert record.find(("key",)) is None
     capturing = True
     assert probe.fault(CPU, 2) == found
     assert len(launched) == 1
@@ -114,7 +112,7 @@ def test_it_is_found_out_once_and_never_while_a_graph_is_captured(compiled, monk
 def test_a_mode_does_not_see_it(compiled, monkeypatch):
     monkeypatch.setattr(probe, "launch", lambda *_: pytest.fail("fake tensors were launched on"))
     with FakeTensorMode():
-        assert probe.fault(CPU, 2) == ""
+        assert probe.fault(CPU, 2) is None
     assert not probe._found
 
 
@@ -133,7 +131,12 @@ def test_a_fault_leaves_the_kernels_of_every_gpu(change, family, size, monkeypat
     monkeypatch.setattr(probe, "fault", lambda *_: "3 products were wrong")
     plan = dispatch.decide(problem, HOPPER, device)
     assert plan.family == "gemm"
+    assert plan.lasting
     assert "3 products were wrong" in plan.reason
+    monkeypatch.setattr(probe, "fault", lambda *_: None)
+    plan = dispatch.decide(problem, HOPPER, device)
+    assert plan.family == family
+    assert not plan.lasting
 
 
 @pytest.mark.parametrize(
@@ -204,6 +207,12 @@ def test_the_first_call_may_be_one_that_a_graph_captures(monkeypatch):
     assert not launched
     graph.replay()
     assert torch.equal(y, expected)
-    record.forget()
     assert torch.equal(tconv.conv_transpose2d(x, w, **layer), expected)
     assert launched
+
+
+def test_what_does_not_last_is_not_recorded(monkeypatch):
+    made = record.Record(torch.empty(1))
+    made.result((1,), torch.empty(1), torch.contiguous_format)
+    monkeypatch.setattr(record, "keep", lambda *_: pytest.fail("was recorded"))
+    made.keep(None)
