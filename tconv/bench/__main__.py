@@ -179,12 +179,18 @@ def _run_model(args) -> int:
     axes = product(args.precision or ("tf32",), args.formats or ("contiguous",))
     requests = [common | {"precision": precision, "memory_format": form} for precision, form in axes]
     result: dict = {"head": {}, "settings": {}, "rows": [], "models": []}
-    Path(args.output).write_text(dump(result))  # before hours are spent, whether it can be written
-    for told in run_models(requests, args.timeout):
-        result["head"] = result["head"] or told["head"]
-        result["models"].append(told["model"])
-        print(told["model"].get("converted") or told["model"]["check"]["note"], flush=True)
-        Path(args.output).write_text(dump(result))
+    output = Path(args.output)
+    if not os.access(output.parent, os.W_OK):  # known before the time is spent
+        raise Refused(f"cannot write {output}")
+    try:
+        for told in run_models(requests, args.timeout):
+            result["head"] = result["head"] or told["head"]
+            result["models"].append(told["model"])
+            print(told["model"].get("converted") or told["model"]["check"]["note"], flush=True)
+            output.write_text(dump(result))
+    except KeyboardInterrupt:
+        print(f"\nstopped after {len(result['models'])} of {len(requests)}")
+        return 130
     show(result, args.plain)
     print(f"written: {args.output}")
     return int(any(m["check"]["status"] != "ok" for m in result["models"]))

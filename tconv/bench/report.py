@@ -72,8 +72,8 @@ def _with_host(row: dict) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of some speed-ups: how many, their geometric mean, that with the host's time (Speedup.eager), how many are losses beyond the noise, how many are of passes that
-    tconv leaves to aten (a training step counts if one of its passes is left), and the worst."""
+    """Of some speed-ups: how many, their geometric mean, that with the host's time (Speedup.eager), how many are losses beyond the
+    noise, how many are of passes that tconv leaves to aten (a training step counts if one of its passes is left), and the worst."""
 
     label: str
     count: int
@@ -85,15 +85,8 @@ class Summary:
 
     def cells(self) -> list[str]:
         worst = f"{self.worst.ratio:.2f}x {self.worst.name} (to {self.worst.rival['provider']})"
-        return [
-            self.label,
-            str(self.count),
-            f"{self.geomean:.2f}x",
-            f"{self.eager:.2f}x",
-            str(self.losses),
-            str(self.left),
-            worst,
-        ]
+        ratios = f"{self.geomean:.2f}x", f"{self.eager:.2f}x"
+        return [self.label, str(self.count), *ratios, str(self.losses), str(self.left), worst]
 
 
 SUMMARY_COLUMNS = ["", "cases", "geomean", "eager", "losses", "left to aten", "worst"]

@@ -201,14 +201,9 @@ def run_models(requests: list[dict], timeout: float) -> Iterator[dict]:
         if "refused" in told and request is requests[0]:
             raise Refused(told["refused"])
         if "model" not in told:
-            status = "refused" if "refused" in told else status
-            note = (
-                told["refused"]
-                if status == "refused"
-                else worker.last_words()
-                if status == "crashed"
-                else f"no result after {timeout:.0f} s"
-            )
+            note = worker.last_words() if status == "crashed" else f"no result after {timeout:.0f} s"
+            if "refused" in told:
+                status, note = "refused", told["refused"]
             asked = {k: request[k] for k in ("spec", "precision", "memory_format")}
             told["model"] = asked | {"check": {"status": status, "note": note}, "rows": []}
         yield told

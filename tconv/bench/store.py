@@ -35,17 +35,8 @@ class Settings:
     def kept(self) -> dict:
         """What is written beside the rows, and must agree when a run is resumed."""
         names = (
-            "suites",
-            "layers",
-            "match",
-            "passes",
-            "precisions",
-            "formats",
-            "providers",
-            "budget",
-            "fewest",
-            "most",
-            "gpu",
+            *("suites", "layers", "match", "passes", "precisions", "formats", "providers"),
+            *("budget", "fewest", "most", "gpu"),
         )
         return {name: getattr(self, name) for name in names}
 
