@@ -275,7 +275,7 @@ def test_speedups_and_summary():
     assert [s.ratio for s in found] == [2.0, 0.5, 8.0]
     slow_host = report.speedups([row("a", ms=1.0, host_us=4000.0), row("a", "cudnn", 2.0, host_us=500.0)])
     assert [(s.ratio, s.eager) for s in slow_host] == [(2.0, 0.5)]
-    assert report.summarise("", slow_host).cells()[2:4] == ["2.00x", "0.50x"]
+    assert report.summarise("", slow_host).cells()[2:5] == ["2.00x", "0.50x", "50%"]
     summary = report.summarise("all", found)
     assert summary.count == 3 and summary.losses == summary.left == 1
     assert summary.geomean == pytest.approx(2.0)
@@ -369,7 +369,7 @@ def test_report_into_a_page(capsys, tmp_path, monkeypatch):
         assert code == 0 and "written: " in printed and "docs/page.md" in printed
         text = page.read_text()
         assert text.startswith(f"before\n{report.BEGIN}\n\nnone") and text.endswith(f"\n\n{report.END}\nafter\n")
-        assert "old" not in text and text.count("| 31 | 0.50x | 0.50x | 31 |") == 4
+        assert "old" not in text and text.count("| 31 | 0.50x | 0.50x | 50% | 31 |") == 4
         assert ("(figures/speedup.svg)" in text) == ("<details>" in text) == ("--plots" in more)
     for broken in ("no markers", report.BEGIN, f"{report.END} {report.BEGIN}", 2 * f"{report.BEGIN} {report.END}"):
         page.write_text(broken)

@@ -72,24 +72,26 @@ def _with_host(row: dict) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of some speed-ups: how many, their geometric mean, that with the host's time (Speedup.eager), how many are losses beyond the
-    noise, how many are of passes that tconv leaves to aten (a training step counts if one of its passes is left), and the worst."""
+    """Of some speed-ups: how many, their geometric mean, that with the host's time (Speedup.eager), that of tconv's shares of the
+    roof, how many are losses beyond the noise, how many are of passes that tconv leaves to aten (a training step counts if one of
+    its passes is left), and the worst."""
 
     label: str
     count: int
     geomean: float
     eager: float
+    roof: float
     losses: int
     left: int
     worst: Speedup
 
     def cells(self) -> list[str]:
         worst = f"{self.worst.ratio:.2f}x {self.worst.name} (to {self.worst.rival['provider']})"
-        ratios = f"{self.geomean:.2f}x", f"{self.eager:.2f}x"
+        ratios = f"{self.geomean:.2f}x", f"{self.eager:.2f}x", f"{100 * self.roof:.0f}%"
         return [self.label, str(self.count), *ratios, str(self.losses), str(self.left), worst]
 
 
-SUMMARY_COLUMNS = ["", "cases", "geomean", "eager", "losses", "left to aten", "worst"]
+SUMMARY_COLUMNS = ["", "cases", "geomean", "eager", "of roof", "losses", "left to aten", "worst"]
 
 
 def load(path: str) -> dict:
@@ -133,10 +135,9 @@ def speedups(rows: list[dict], provider: str = "tconv") -> list[Speedup]:
 def summarise(label: str, found: list[Speedup]) -> Summary:
     ratios = [s.ratio for s in found]
     worst = min(found, key=lambda s: s.ratio)
-    eager = geomean(s.eager for s in found)
-    return Summary(
-        label, len(found), geomean(ratios), eager, sum(s.lost for s in found), sum(s.left for s in found), worst
-    )
+    eager, roof = geomean(s.eager for s in found), geomean(s.row["roof_share"] for s in found)
+    lost, left = sum(s.lost for s in found), sum(s.left for s in found)
+    return Summary(label, len(found), geomean(ratios), eager, roof, lost, left, worst)
 
 
 def by_axis(found: list[Speedup], suites: bool = True) -> list[Summary]:
