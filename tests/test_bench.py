@@ -70,6 +70,12 @@ def test_roofs():
     assert measure.roof_ms(8e12, 0, "bf16", roofs) == pytest.approx(10)
     assert measure.roof_ms(0, 4e9, "tf32", roofs) == pytest.approx(1)
     assert measure.roof_ms(4e12, 0, "fp32", roofs) == pytest.approx(30)  # three TF32 products
+    assert measure.reach_ms(0, 1000, "tf32", roofs) is None
+    copies = roofs | {"copy_ms": {"1000": 0.002, "4000": 0.004, "400000000": 0.25}}
+    expected = ((10, 0.002), (1000, 0.002), (2500, 0.003), (4000, 0.004), (1600000000, 1.0))
+    for nbytes, ms in expected:
+        assert measure.reach_ms(0, nbytes, "tf32", copies) == pytest.approx(ms)
+    assert measure.reach_ms(8e12, 1000, "bf16", copies) == pytest.approx(10)  # the roof, where it is more
 
 
 def test_the_commit_that_is_told_goes_before_the_checkouts(monkeypatch):
@@ -276,6 +282,10 @@ def test_speedups_and_summary():
     slow_host = report.speedups([row("a", ms=1.0, host_us=4000.0), row("a", "cudnn", 2.0, host_us=500.0)])
     assert [(s.ratio, s.eager) for s in slow_host] == [(2.0, 0.5)]
     assert report.summarise("", slow_host).cells()[2:5] == ["2.00x", "0.50x", "50%"]
+    reached = report.speedups([row("a", ms=1.0, reach_ms=0.75), row("a", "cudnn", 2.0)])
+    assert report.summarise("", reached).cells()[4:6] == ["50%", "75%"]
+    for some, columns in ((reached, 9), (slow_host, 8)):  # what nothing fills is left out
+        assert {len(line) for line in report._summaries("", report.by_class(some))[2]} == {columns}
     summary = report.summarise("all", found)
     assert summary.count == 3 and summary.losses == summary.left == 1
     assert summary.geomean == pytest.approx(2.0)

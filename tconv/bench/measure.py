@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,16 +175,26 @@ def roofs() -> dict:
             measured["matmul_tflops"][precision] = 2 * n**3 / ms / 1e9
     finally:
         flag.fp32_precision = before  # type: ignore[attr-defined]
+    measured["copy_ms"] = _copies()
     torch.cuda.empty_cache()
     return measured
 
 
-def _median_ms(function: Callable[[], Any], rounds: int = 20) -> float:
+def _copies() -> dict[str, float]:
+    """Milliseconds of copies by the bytes that they read and write, with a cold L2 where they fit in it, as cases are timed."""
+    flush, found = flush_buffer(), {}
+    for nbytes in (1 << n for n in range(16, 32, 2)):
+        a = torch.randn(nbytes // 8, device="cuda")
+        found[str(nbytes)] = _median_ms(partial(torch.empty_like(a).copy_, a), flush if nbytes <= l2_bytes() else None)
+    return found
+
+
+def _median_ms(function: Callable[[], Any], flush: torch.Tensor | None = None, rounds: int = 20) -> float:
     run = Run("roof", function, wait=20e-6)
     for i in range(rounds + 5):
         if i == 5:
             run.events = []
-        _timed(run, None)
+        _timed(run, flush)
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in run.events)
 
@@ -197,6 +208,20 @@ def roof_ms(flops: float, nbytes: float, precision: str, measured: dict) -> floa
     rates = measured["matmul_tflops"]
     rate = max(rates["fp32"], rates["tf32"] / 3) if precision == "fp32" else rates[precision]
     return max(flops / rate / 1e9, nbytes / measured["copy_gbps"] / 1e6)
+
+
+def reach_ms(flops: float, nbytes: float, precision: str, measured: dict) -> float | None:
+    """roof_ms, or the time of a copy that moves so many bytes where that is more: few bytes reach no bandwidth.  None where the
+    run has not measured copies."""
+    if not (copies := measured.get("copy_ms")):
+        return None
+    points = sorted((int(n), ms) for n, ms in copies.items())
+    copy = points[-1][1] * nbytes / points[-1][0]
+    for (less, before), (more, after) in pairwise(points):
+        if nbytes <= more:
+            copy = before + (after - before) * max(0.0, nbytes - less) / (more - less)
+            break
+    return max(copy, roof_ms(flops, nbytes, precision, measured))
 
 
 def _query(fields: str) -> str:

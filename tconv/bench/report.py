@@ -73,7 +73,7 @@ def _with_host(row: dict) -> float:
 @dataclass(frozen=True)
 class Summary:
     """Of some speed-ups: how many, their geometric mean, that with the host's time (Speedup.eager), that of tconv's shares of the
-    roof, how many are losses beyond the noise, how many are of passes that tconv leaves to aten (a training step counts if one of
+    roof and of what it can reach (NaN where not all of it was measured), how many are losses beyond the noise, how many are of passes that tconv leaves to aten (a training step counts if one of
     its passes is left), and the worst."""
 
     label: str
@@ -81,17 +81,22 @@ class Summary:
     geomean: float
     eager: float
     roof: float
+    reach: float
     losses: int
     left: int
     worst: Speedup
 
     def cells(self) -> list[str]:
         worst = f"{self.worst.ratio:.2f}x {self.worst.name} (to {self.worst.rival['provider']})"
-        ratios = f"{self.geomean:.2f}x", f"{self.eager:.2f}x", f"{100 * self.roof:.0f}%"
+        ratios = (
+            f"{self.geomean:.2f}x",
+            f"{self.eager:.2f}x",
+            *("" if math.isnan(s) else f"{100 * s:.0f}%" for s in (self.roof, self.reach)),
+        )
         return [self.label, str(self.count), *ratios, str(self.losses), str(self.left), worst]
 
 
-SUMMARY_COLUMNS = ["", "cases", "geomean", "eager", "of roof", "losses", "left to aten", "worst"]
+SUMMARY_COLUMNS = ["", "cases", "geomean", "eager", "of roof", "of reach", "losses", "left to aten", "worst"]
 
 
 def load(path: str) -> dict:
@@ -136,8 +141,9 @@ def summarise(label: str, found: list[Speedup]) -> Summary:
     ratios = [s.ratio for s in found]
     worst = min(found, key=lambda s: s.ratio)
     eager, roof = geomean(s.eager for s in found), geomean(s.row["roof_share"] for s in found)
+    shares = [(s.row.get("reach_ms") or math.nan) / s.row["ms"] for s in found]
     lost, left = sum(s.lost for s in found), sum(s.left for s in found)
-    return Summary(label, len(found), geomean(ratios), eager, roof, lost, left, worst)
+    return Summary(label, len(found), geomean(ratios), eager, roof, geomean(shares), lost, left, worst)
 
 
 def by_axis(found: list[Speedup], suites: bool = True) -> list[Summary]:
@@ -266,13 +272,11 @@ def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tu
             listed = sorted(found, key=lambda s: s.ratio)[:WORST]
         tables.append((title, CASE_COLUMNS, [case_cells(s) for s in listed]))
     if found:
-        lines = [s.cells() for s in by_axis(found, suites=not summary)]
-        tables.append(("Speed-up over the best other provider", SUMMARY_COLUMNS, lines))
-        tables.append(("By class, all passes and precisions", SUMMARY_COLUMNS, [s.cells() for s in by_class(found)]))
+        tables.append(_summaries("Speed-up over the best other provider", by_axis(found, suites=not summary)))
+        tables.append(_summaries("By class, all passes and precisions", by_class(found)))
     graphs = speedups(rows, "tconv-graph")
     if graphs and not summary:
-        lines = [s.cells() for s in by_axis(graphs)]
-        tables.append(("Small layers, both sides under a CUDA graph", SUMMARY_COLUMNS, lines))
+        tables.append(_summaries("Small layers, both sides under a CUDA graph", by_axis(graphs)))
     first = [
         [f["name"], f["precision"], f["provider"], f"{f['ms'] / 1e3:.2f}"] for f in result.get("first_calls") or ()
     ]
@@ -292,6 +296,13 @@ def sections(result: dict, cases: bool = True, summary: bool = False) -> list[tu
     elif bad:
         tables.append(("Not timed", ["case", "provider", "status", "why"], bad))
     return tables
+
+
+def _summaries(title: str, found: list[Summary]) -> tuple[str, list[str], list[list[str]]]:
+    """A table of summaries, without columns that none of them fills."""
+    lines = [s.cells() for s in found]
+    filled = [i for i in range(len(SUMMARY_COLUMNS)) if i == 0 or any(line[i] for line in lines)]
+    return title, [SUMMARY_COLUMNS[i] for i in filled], [[line[i] for i in filled] for line in lines]
 
 
 def counted(bad: list[list[str]]) -> list[list[str]]:

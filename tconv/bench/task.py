@@ -178,7 +178,8 @@ class Task:
         roof = measure.roof_ms(flops, nbytes, self.precision, self.request["roofs"]) if gpu else None
         work = self.work(pass_name, roof or 0.0)
         base = base_row(self.task, self.case)
-        base |= {"pass": pass_name, "flops": flops, "bytes": nbytes, "roof_ms": roof}
+        reach = measure.reach_ms(flops, nbytes, self.precision, self.request["roofs"]) if gpu else None
+        base |= {"pass": pass_name, "flops": flops, "bytes": nbytes, "roof_ms": roof, "reach_ms": reach}
         rows, runs = {}, []
         for name in self.request["providers"]:
             provider = providers.find(name)
@@ -242,7 +243,19 @@ class Task:
 
 COLUMNS = (
     *("suite", "case", "pass", "dtype", "precision", "memory_format", "provider", "ms", "ms_spread", "tflops", "gbps"),
-    *("roof_ms", "roof_share", "max_err", "rms_err", "status", "note", "family", "host_us", "rounds", "cold_l2"),
+    *(
+        "roof_ms",
+        "roof_share",
+        "reach_ms",
+        "max_err",
+        "rms_err",
+        "status",
+        "note",
+        "family",
+        "host_us",
+        "rounds",
+        "cold_l2",
+    ),
     *("flops", "bytes", "rival", "graph", "classes", "layer", "checked_as"),
 )
 
