@@ -12,6 +12,7 @@ from functools import cache
 from importlib import resources
 from math import prod
 
+from ..configs import cdiv
 from ..geometry import Axis, Geometry, check
 from ..workloads import Layer, layers
 
@@ -253,8 +254,8 @@ def shrink(layer: Layer) -> Layer:
     g = layer.geometry
     of_group = layer.out_channels // g.groups
     many = FEW_CHANNELS + 1  # output channels, where the layer has so many: few are a class of their own
-    groups = min(g.groups, max(2, -(-many // of_group)))
-    c_in, c_out = groups * min(layer.in_channels // g.groups, 5), groups * min(of_group, -(-many // groups))
+    groups = min(g.groups, max(2, cdiv(many, of_group)))
+    c_in, c_out = groups * min(layer.in_channels // g.groups, 5), groups * min(of_group, cdiv(many, groups))
     size = [min(i, 3 if g.ndim == 3 else 5) for i in layer.input_shape[2:]]
     for axis, a in enumerate(g.axes):  # a size that padding leaves something of
         while size[axis] < layer.input_shape[2 + axis] and a.output_size(size[axis], g.output_padding[axis]) < 1:

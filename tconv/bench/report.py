@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cases import CLASSES
-from .store import stopped
+from .store import stopped, task_id
 
 KEY = ("suite", "case", "pass", "precision", "memory_format")
 BAD = ("wrong", "error", "crashed", "timeout", "skipped")
@@ -207,23 +207,18 @@ def case_cells(s: Speedup) -> list[str]:
     ]
 
 
-def _whole(row: dict) -> tuple:
-    """What identifies a case at one precision in one memory format."""
-    return tuple(row[k] for k in KEY if k != "pass")
-
-
 def merge(results: list[dict]) -> dict:
     """Several results as one.  A case that more than one of them holds comes from the first, with all its providers; what one of
     them says of a whole case (that it took too long, say) holds unless another has measured the case."""
     rows: list[dict] = []
-    measured = [{_whole(r) for r in result["rows"] if r["pass"]} for result in results]
+    measured = [{task_id(r) for r in result["rows"] if r["pass"]} for result in results]
     for i, result in enumerate(results):
         known = {tuple(r[k] for k in KEY) for r in rows}
         elsewhere = set().union(*measured[:i], *measured[i + 1 :])
         rows += [
             r
             for r in result["rows"]
-            if tuple(r[k] for k in KEY) not in known and (r["pass"] or _whole(r) not in elsewhere)
+            if tuple(r[k] for k in KEY) not in known and (r["pass"] or task_id(r) not in elsewhere)
         ]
     lists = {key: [r for x in results for r in x.get(key) or ()] for key in ("first_calls", "models")}
     return dict(results[0], rows=rows, heads=[x["head"] for x in results], **lists)

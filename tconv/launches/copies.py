@@ -15,14 +15,14 @@ from .common import OVERLAPPING
 
 def transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool) -> None:
     """Write t, for each image [row, column] in memory, as [column, row]: rows are what `arrange` calls channels."""
-    from ..kernels.copies import arrange
+    from ..kernels import copies as kernels
 
     piece = 16 // t.element_size()
     block_c = power_of_two(rows, 16, 4096 // power_of_two(columns, 16, 64))
     block_p = power_of_two(columns, 16, 4096 // block_c)
     with on_device(t):
         noted.launch(
-            arrange, t.shape[0] * cdiv(columns, block_p) * cdiv(rows, block_c),
+            kernels.arrange, t.shape[0] * cdiv(columns, block_p) * cdiv(rows, block_c),
             t, copy, columns, rows, rows // piece, 1, columns, 1, columns, columns,
             LAST=False, ROUND=is_tf32, VECTOR=gcd(columns, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c, PADDED=False,
             OVERLAPS=False,
@@ -33,7 +33,7 @@ def arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: boo
     """Write a dense activation as [image, plane, row, pixel, channel], with zeros up to arranged's size, rounded if it is to be
     TF32: what bulk copies take.  packing: whether it is launched next after a weight's packing, beside which it runs and after
     which it ends."""
-    from ..kernels.copies import arrange
+    from ..kernels import copies as kernels
 
     channels, size, (batch, *padded, pitch) = t.shape[1], sizes3(t.shape[2:]), arranged.shape
     pixels, piece, last = prod(size), 16 // t.element_size(), is_channels_last(t)
@@ -43,7 +43,7 @@ def arrange(noted: Record, t: torch.Tensor, arranged: torch.Tensor, is_tf32: boo
     grid = batch * cdiv(prod(padded), block_p) * cdiv(pitch, block_c)
     along = channels if last else gcd(size[2], padded[2]) if is_padded else pixels
     noted.launch(
-        arrange, grid, t, arranged, pixels, channels, pitch // piece, *size[1:], *padded[1:], prod(padded),
+        kernels.arrange, grid, t, arranged, pixels, channels, pitch // piece, *size[1:], *padded[1:], prod(padded),
         LAST=last, ROUND=is_tf32, VECTOR=gcd(along, piece), PIECE=piece, BLOCK_P=block_p, BLOCK_C=block_c, PADDED=is_padded,
         OVERLAPS=True,
         **(OVERLAPPING if packing else {}),

@@ -14,6 +14,19 @@ from .sums import partial_sums, sum_splits
 from .weights import pack
 
 
+def _of_tile(config: Config, large: bool, source) -> dict:
+    """The constants and options that every one of these kernels has of its tile."""
+    return dict(
+        LARGE=large,
+        ACC=accumulator(source.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BOX_W=config.box_w,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
 def gather(
     noted: Record, chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool, large: bool
 ) -> None:
@@ -48,13 +61,7 @@ def gather(
         SRC_LAYOUT=layout(source, g),
         DST_LAYOUT=layout(destination, g),
         HAS_BIAS=bias is not None,
-        LARGE=large,
-        ACC=accumulator(source.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BOX_W=config.box_w,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_of_tile(config, large, source),
     )
     bias = source if bias is None else bias
     if chosen.family == "direct":
@@ -97,13 +104,7 @@ def backward_weight(noted: Record, chosen: Plan, input, grad_output, partials, g
     constants = dict(
         X_LAYOUT=layout(input, g),
         Y_LAYOUT=layout(grad_output, g),
-        LARGE=large,
-        ACC=accumulator(input.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BOX_W=config.box_w,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_of_tile(config, large, input),
     )
     if chosen.family == "direct":
         grid = taps * cdiv(partials.shape[2], config.block_n) * chosen.splits
