@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from . import blocks, columns, configs, few, long, patches, shift
-from .configs import Target, cdiv
+from .configs import Target, cdiv, power_of_two
 from .geometry import sizes3
 from .problem import HALF, TF32_PRODUCTS, Plan, Problem
 
@@ -48,6 +48,7 @@ LEFT = {
     "product": "cuDNN measured up to 1.6 times faster with a kernel of 1 on contiguous tensors on an H200",
     "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
     "ieee": "cuDNN's gradient measured 2.4 times faster in IEEE fp32 on an H200, and 1.3 times in channels_last",
+    "ieee_input": "cuDNN's gradient measured up to 5 times faster in IEEE fp32 on an H200",
     "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
 }
 # cuDNN's deterministic TF32 weight gradients may add all their products in one chain, in which the tensor core truncates: with
@@ -59,6 +60,12 @@ LEFT_READ = 64  # products for each element of an output's gradient
 # With fewer channels, at TF32, cuDNN takes contiguous tensors as they lie in less time than copies and channels_last take: over
 # kernelbench's weights' gradients 0.6 to 1.0 times theirs, from 64 on 0.83 to 1.3.
 LEFT_CHANNELS = 64
+# Inputs' gradients in IEEE fp32 (the portable kernel's speed over cuDNN's), 2-d: 0.2 to 0.7 where most of a tile's depth is padding (1,
+# 3, 9 and 17 output channels); in NCHW 0.6 to 1.1 with taps that do not overlap, and 0.4 to 0.9 with those that do, but for small ones;
+# of a channels_last copy 1.0 to 1.6 from 128 output channels on, below 0.5 to 0.9.  3-d, NCHW: 0.5 to 0.9 with taps that do not overlap
+# (1.0 to 3.4 for small ones, and 1.15 for UNETR's 16 channels), 0.8 to 2 with those that do, and of a copy 0.8 to 1.2 times that.
+# 1-d 0.86 to 1.7.
+MOSTLY_PADDING, IEEE_INPUT_PRODUCTS, IEEE_INPUT_CHANNELS = 1.75, 3 << 29, 128
 # In 16 bits and channels_last, without a bias (cuDNN's time over the shift kernel's): k4 s2 and k3 s2 of 512 to 2048 channels 0.81 to 1.08
 # (nine layers of 1024 pixels and more, geometric mean 0.93; 1.04 and 1.05 of 256 and 64 pixels), k3x5 and 3-d k3 of 64 to 128 channels 0.79 and 0.88; with a bias torch adds a pass.
 LONG_SUMS, WIDE_OUTPUTS = 512, 128
@@ -152,7 +159,7 @@ def left_gradient(asked: Asked) -> Plan | str:
     if p.direction == "backward_input":
         # With TF32 allowed cuDNN decides where to use it, as it does for torch; but its choice for torch is fp32 for long sums.
         if not (half or p.is_direct or (p.tf32 and p.products <= TF32_PRODUCTS)):
-            return ""
+            return Plan("aten", LEFT["ieee_input"]) if _ieee_input(p) == "left" else ""
         # At TF32 a copy pays where the gradient of the weight shares it, and costs little by itself where there are strides; but with
         # few products for each element of the gradient cuDNN reads it as it lies (2.5 ps for 64, by what an H200 took).
         many = p.geometry.groups == 1 and p.c_in * p.geometry.taps > LEFT_READ * prod(p.geometry.stride)
@@ -168,6 +175,26 @@ def left_gradient(asked: Asked) -> Plan | str:
     if arranged and asked.how == "tf32":
         return Plan("aten", LEFT[p.direction], "tf32", splits=_batch_parts(p), arranged=True)
     return Plan("aten", LEFT[p.direction])
+
+
+def _ieee_input(p: Problem) -> str:
+    """What becomes of backward_input in IEEE fp32, by what an H200 took: "left" to aten, of a "copied" gradient of the output, or
+    "" for the portable kernel on it as it lies."""
+    g, c_out = p.geometry, p.c_out
+    if g.groups > 1 or g.ndim == 1:
+        return ""
+    depth, volume = power_of_two(c_out, 16, 32), g.ndim == 3
+    if not volume and cdiv(c_out, depth) * depth >= MOSTLY_PADDING * c_out:
+        return "left"
+    if p.source != "width":
+        return ""
+    products = p.pixels * p.c_in * c_out * g.taps
+    if all(a.kernel <= a.stride for a in g.axes):
+        return "left" if not volume or 2 * products >= IEEE_INPUT_PRODUCTS else ""
+    if products < IEEE_INPUT_PRODUCTS:
+        return ""
+    many = c_out >= IEEE_INPUT_CHANNELS or (volume and max(g.stride) == 1)
+    return "copied" if many and c_out % 4 == 0 and p.dense else "" if volume else "left"
 
 
 def _batch_parts(problem: Problem) -> int:
@@ -215,12 +242,14 @@ def _few(asked: Asked, portable: bool) -> Plan | str:
         return "" if refused == few.FULL else refused
     last, half = few.by_channels(g, c_src, p.whole), p.dtype in HALF
     sizes = p.batch, c_src, c_dst, p.input_size
-    tile = few.choose(p.direction, p.geometry, *sizes, half, last, asked.target, portable)
+    cut = asked.how == "tf32x3" and p.direction == "forward"
+    tile = few.choose(p.direction, p.geometry, *sizes, half, last, asked.target, portable, cut)
     if not tile:
         return "too few pixels for the few-channel kernels"
     why = f"{asked.why}{';' if portable else ':'} too few for the tensor core"
     if p.direction != "backward_weight":
-        return Plan("few", why, "", tile, arranged=copied)
+        parts = few.parts(tile, p.geometry, *sizes, asked.target) if cut else 1
+        return Plan("few", why, "", tile, parts, arranged=copied)
     pairs = p.c_in * p.c_out // g
     tiles = few.tiles(tile, p.geometry, p.batch, p.input_size, False)
     programs = p.geometry.axes3[0].kernel * pairs // tile.lanes
@@ -393,13 +422,29 @@ def portable(asked: Asked) -> Plan | str:
     """The kernels that take everything, on every GPU."""
     p, target = asked.problem, asked.target
     if p.direction != "backward_weight":
-        return Plan("gemm", asked.why, asked.how, *_gather_gemm(asked))
+        copied = _copied_for_gemm(asked)
+        if copied:
+            p = replace(p, source="channels" if p.c_out % 16 else "vectors")
+        config, splits = _gather_gemm(replace(asked, problem=p))
+        return Plan("gemm", asked.why, asked.how, config, splits, arranged=copied)
     c_in, c_out = p.channels
     rows, width = p.batch * prod(p.input_size[:-1]), p.input_size[-1]
     vectors = p.source == "vectors"
     config = configs.weight_gemm(rows, width, c_in, c_out, p.dtype.itemsize, asked.how, vectors, target)
     programs = p.geometry.taps * p.geometry.groups * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
     return Plan("gemm", asked.why, asked.how, config, *_pixel_splits(p, config.block_k, config.box_w, programs, target))
+
+
+def _copied_for_gemm(asked: Asked) -> bool:
+    """Whether the portable kernel has a copy of the output's gradient with its channels innermost: its pixels a stride apart
+    touch as many sectors of a contiguous one as there are channels."""
+    p = asked.problem
+    return (
+        p.direction == "backward_input"
+        and asked.how in ("ieee", "tf32x3")
+        and not p.large
+        and _ieee_input(p) == "copied"
+    )
 
 
 def _pixel_splits(p: Problem, pixels: int, box: int, programs: int, target: Target) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from math import gcd, prod
 
-from .configs import Target, Tile, cdiv
+from .configs import WORKSPACE_ELEMENTS, Target, Tile, cdiv
 from .geometry import Axis, Geometry, sizes3
 
 # Groups of at most so many channels on both sides (depthwise layers, and nearly so).  A weight's gradient reads the pixels of
@@ -25,7 +25,7 @@ FEW_IN, WITH_FEW_IN = 4, 32
 FEW_OUT = {"half": 1, "widen": 1, "tf32": 4, "tf32x3": 8, "ieee": 64}
 # and beside the portable kernels alone (64 to 3, k4 s2: 1.54 ms in bf16, 2.80 in TF32).
 FEW_OUT_PORTABLE = {"half": 5, "widen": 5, "tf32": 8, "tf32x3": 8, "ieee": 64}
-COPIED_OUT = 4  # output channels, forward in IEEE fp32, for which a channels_last input is copied
+COPIED_OUT = 6  # output channels, forward in IEEE fp32, for which a channels_last input is copied
 # backward_input: 16 to 3 channels (k3 s2, 3-d) took half of cuDNN's time, 3 to 64 (k4 s2) twice as long and more.
 MOST_IN, MOST_SRC = 4, 32
 MOST_SUMS = 32  # a pixel: registers
@@ -47,6 +47,9 @@ CODE = 64  # products of an input pixel, up to which several input channels are 
 # tensor core; 1x56x270x480 to 1: 253 programs, 0.157 and 0.287).
 PROGRAMS, LARGE_PROGRAMS = 3, 1.5
 SHORT_PROGRAMS = 0.5  # and where there are few source channels
+# In IEEE fp32, where the tensor core takes three products, programs of the largest tile that are fewer than LARGE_PROGRAMS each take
+# a part of the source channels, of so many at least, until there are PROGRAMS.
+PART = 16
 WARP, WARPS = 32, 4
 REGISTERS = 168  # of a thread of sums in blocks
 # Tiles of a program that has one source channel, which share its beginning and its weights, and programs a multiprocessor that
@@ -104,6 +107,11 @@ class Few(Tile):
     def held(self) -> bool:
         """Whether a program loads the weights once, at its beginning."""
         return self.alone and self.depth != "looped" and prod(self.kernel) * self.channels <= HELD
+
+    @property
+    def parted(self) -> bool:
+        """Whether the sums over source channels may be cut into parts (`parts`)."""
+        return not self.alone and self.lanes == 1
 
     @property
     def several(self) -> bool:
@@ -192,7 +200,7 @@ def _box(columns: int, pixels: int, most: int) -> int:
 @lru_cache(maxsize=4096)
 def choose(
     direction: str, geometry: Geometry, batch: int, c_src: int, c_dst: int, size, half: bool, last: bool, target: Target,
-    portable: bool = False,
+    portable: bool = False, cut: bool = False,
 ) -> Few | None:  # fmt: skip
     """The tile, or None where too few pixels would leave the GPU waiting.
 
@@ -202,8 +210,9 @@ def choose(
         half: whether results are rounded to 16 bits, so that it does not matter how they are added up.
         last: whether channels lie side by side (by_channels).
         portable: whether the portable kernels are what is left.
+        cut: whether the sums over source channels may be cut into parts.
     """
-    sizes = batch, c_src, c_dst, size, half, last, target, portable
+    sizes = batch, c_src, c_dst, size, half, last, target, portable, cut
     if geometry.ndim < 3:
         return _choose(direction, geometry, "none", *sizes)
     found = None
@@ -220,7 +229,7 @@ def choose(
 
 def _choose(
     direction: str, geometry: Geometry, depth: str, batch: int, c_src: int, c_dst: int, size, half: bool, last: bool,
-    target: Target, portable: bool,
+    target: Target, portable: bool, cut: bool,
 ) -> Few | None:  # fmt: skip
     """`choose`, with the depth as Few.depth."""
     forward = direction == "forward"
@@ -263,13 +272,14 @@ def _choose(
     long = c_src > FEW_IN
     enough, threads = (PROGRAMS if long else SHORT_PROGRAMS) * target.processors, WARPS * WARP
     if direction != "backward_weight":
-        fewest, largest = (cdiv(rows * columns * lanes, threads * n) * others for n in (least, a_thread))
-        too_few = fewest < enough or (
-            long and not own and not portable and largest < LARGE_PROGRAMS * target.processors
-        )
-        if too_few and target.backend != "interpreter":
+        programs = lambda n: cdiv(rows * columns * lanes, threads * n) * others  # noqa: E731
+        most, large = programs(a_thread), LARGE_PROGRAMS * target.processors
+        whole = programs(least) >= enough and (not long or own or portable or most >= large)
+        whole |= target.backend == "interpreter"
+        parted = cut and long and not own and not last and most * (c_src // PART) >= large
+        if not whole and not parted:
             return None
-        while a_thread > least and cdiv(rows * columns * lanes, threads * a_thread) * others < enough:
+        while whole and a_thread > least and programs(a_thread) < enough:
             a_thread //= 2
         code = products * channels
         fits = [n for n in (4, 2, 1) if n == 1 or (n * loads * a_thread <= AHEAD and n * code <= CODE)]
@@ -311,6 +321,25 @@ def _extent(geometry: Geometry, batch: int, size, forward: bool) -> tuple[int, i
         output = sizes3(geometry.output_size(size))
         depth, height, width = (cdiv(o, axis.stride) for o, axis in zip(output, geometry.axes3))
     return batch * depth * height, width
+
+
+def parts(tile: Few, geometry: Geometry, batch: int, c_src: int, c_dst: int, size, target: Target) -> int:
+    """Into how many parts a forward pass cuts its sums, if it may; c_src and c_dst are a group's, size the input's."""
+    if not tile.parted:
+        return 1
+    programs = grid(tile, geometry, batch, c_dst, size, True, target.processors)[0]
+    if programs >= LARGE_PROGRAMS * target.processors:
+        return 1
+    outputs = batch * geometry.groups * c_dst * prod(geometry.output_size(size))
+    want = min(
+        cdiv(PROGRAMS * target.processors, max(programs, 1)), c_src // PART, WORKSPACE_ELEMENTS // max(outputs, 1)
+    )
+    return cdiv(c_src, per_part(tile, c_src, max(want, 1)))
+
+
+def per_part(tile: Few, c_src: int, count: int) -> int:
+    """Source channels of each of so many parts, of the last one perhaps fewer."""
+    return cdiv(cdiv(c_src, count), tile.unroll) * tile.unroll
 
 
 def tiles(tile: Few, geometry: Geometry, batch: int, size, forward: bool) -> int:

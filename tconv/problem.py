@@ -123,7 +123,7 @@ class Plan:
     splits: int = 1
     tiles_per_split: int = 0
     # Whether what the pass reads is first copied, its channels innermost, at TF32 rounded: for the shift kernel its input, of
-    # strips with zeros behind rows; for aten's gradients the activations.  For the few-channel kernels, its pixels innermost.
+    # strips with zeros behind rows; for gradients the activations.  For the few-channel kernels, its pixels innermost.
     arranged: bool = False
     lasting: bool = True  # whether the next call of its kind may repeat it: not before the device could be probed
 

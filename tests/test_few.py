@@ -232,7 +232,7 @@ def test_channels_last_in_ieee_fp32_is_copied(size, kernel, tf32, copied, device
 
 @pytest.mark.parametrize(
     "change, copied",
-    [({}, True), (dict(tf32=True), False), (dict(dense=False), False), (dict(c_out=5), False), (dict(batch=40), False)],
+    [({}, True), (dict(tf32=True), False), (dict(dense=False), False), (dict(c_out=7), False), (dict(batch=40), False)],
     ids=str,
 )
 def test_which_are_copied(change, copied):
@@ -241,6 +241,43 @@ def test_which_are_copied(change, copied):
     sizes = "forward", geometry, batch, c_in, c_out, size, torch.float32, False, "channels", "channels"
     chosen = dispatch.plan(replace(Problem(*sizes, dense=True), **change), HOPPER)
     assert (chosen.family == "few" and chosen.arranged) == copied, chosen
+
+
+@pytest.mark.parametrize(
+    "size, c_in, parts, bias",
+    [((5, 7), 50, 3, True), ((5, 7), 34, 2, False), ((9,), 37, 2, True), ((2, 3, 4), 33, 2, True)],
+)
+def test_sums_in_parts(size, c_in, parts, bias, device, ieee):
+    """Where programs are few each takes a part of the source channels; the first of them adds the bias."""
+    n = len(size)
+    x, w = torch.randn(2, c_in, *size, device=device), torch.randn(c_in, 3, *(3,) * n, device=device)
+    b = torch.randn(3, device=device) if bias else None
+    with dispatch.without("columns", *dispatch.HOPPER, "aten"):
+        chosen = tconv.explain(x, w, b, stride=2, padding=1).passes[0].plan
+        y = TCONV[n](x, w, b, stride=2, padding=1)
+    if device == "cpu":  # on a GPU these are too few pixels
+        assert (chosen.family, chosen.splits) == ("few", parts)
+    exact = ATEN[n](x.double(), w.double(), None if b is None else b.double(), stride=2, padding=1)
+    assert errors(y, exact)[1] < 5e-7
+
+
+@pytest.mark.parametrize(
+    "args, options, parts",
+    [
+        ((150, 5, 4, (136, 240), 1), dict(stride=2, padding=1), 3),
+        ((192, 3, 5, (256, 384), 1), dict(stride=2, padding=2, output_padding=1), 3),
+        ((64, 3, 4, (32, 32), 64), dict(stride=2, padding=1), 4),
+        ((128, 3, 4, (128, 128), 1), dict(stride=2, padding=1), 8),
+        ((56, 1, 9, (270, 480), 1), dict(stride=4, padding=4, output_padding=3), 1),
+    ],
+)
+def test_parts_fill_the_gpu(args, options, parts):
+    """In IEEE fp32, and there alone."""
+    batch, c_in, c_out, size, geometry = layer(*args, **options)
+    problem = Problem("forward", geometry, batch, c_in, c_out, size, torch.float32, False, "width")
+    plan = dispatch.plan(problem, HOPPER)
+    assert (plan.family, plan.splits) == ("few", parts)
+    assert parts == 1 or dispatch.plan(replace(problem, tf32=True), HOPPER).family != "few"
 
 
 def test_too_few_pixels_are_left():
@@ -304,6 +341,8 @@ def test_which(c_in, c_out, how, options, why):
         ((32, 64, 3, (64, 96), 4), dict(stride=(2, 3), padding=1, groups=4)),
         ((64, 3, 3, (200, 200), 4), dict(dilation=2)),
         ((2, 2, 4, (48, 64), 8), dict(stride=2, padding=1)),
+        ((150, 5, 4, (136, 240), 1), dict(stride=2, padding=1)),
+        ((192, 3, 5, (250, 380), 1), dict(stride=2, padding=2, output_padding=1)),
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
 )

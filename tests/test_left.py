@@ -51,7 +51,7 @@ def plans(case, dtype, target, tf32, monkeypatch, last=False):
         (DENSE, torch.float32, False, {"backward_weight"}),
         (PRODUCT, torch.bfloat16, False, {"forward", *GRADIENTS}),
         (PRODUCT, torch.float32, True, {"forward", *GRADIENTS}),
-        (PRODUCT, torch.float32, False, {"backward_weight"}),
+        (PRODUCT, torch.float32, False, GRADIENTS),
         (by_id("2d_groups3"), torch.float32, True, {"backward_input"}),  # so few channels are the direct kernels'
         (NARROW_GROUPS, torch.float32, True, GRADIENTS),  # of which cuDNN computes weights' in fp32
         (LONG_SUMS, torch.float32, True, set()),  # cuDNN's choice for torch is fp32
@@ -178,6 +178,39 @@ def test_short_sums_at_tf32(c_in, c_out, kernel, destination, expected):
     geometry = Geometry((kernel, kernel), (2, 2), (0, 0), (0, 0), 1, (1, 1))
     facts = dict(batch=4, c_in=c_in, c_out=c_out, input_size=(48, 48), dtype=torch.float32, tf32=True, source="width")
     assert problem.precision(Problem("forward", geometry, destination=destination, **facts), HOPPER) == expected
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, "copied"),
+        (dict(c_out=64), "left"),
+        (dict(c_out=17), "left"),  # half of a tile's depth is padding
+        (dict(c_out=17, source="channels"), "left"),
+        (dict(source="vectors"), ""),
+        (dict(kernel=2), "left"),
+        (dict(kernel=2, source="vectors"), ""),
+        (dict(batch=1), ""),
+        (dict(c_out=130), "left"),
+        (dict(dense=False), "left"),
+        (dict(size=(192,)), ""),
+        (dict(size=(4, 4, 12)), "copied"),
+        (dict(size=(4, 4, 12), c_out=64), ""),
+        (dict(size=(4, 4, 12), c_out=64, stride=1), "copied"),
+        (dict(size=(4, 4, 12), kernel=2), "left"),
+        (dict(size=(4, 4, 12), kernel=2, batch=4), ""),
+    ],
+    ids=str,
+)
+def test_inputs_gradients_in_ieee_fp32(change, expected):
+    """Taps that overlap, of a large layer: its gradient is copied where it has many channels in whole pieces, or left."""
+    facts = dict(batch=32, c_in=256, c_out=256, source="width", dense=True, kernel=4, size=(16, 12), stride=2) | change
+    kernel, stride, size = (facts.pop(name) for name in ("kernel", "stride", "size"))
+    n = len(size)
+    geometry = Geometry((kernel,) * n, (stride,) * n, (0,) * n, (0,) * n, 1, (1,) * n)
+    facts |= dict(input_size=size, dtype=torch.float32, tf32=False)
+    plan = dispatch.plan(Problem("backward_input", geometry, **facts), HOPPER)
+    assert (plan.family, plan.arranged) == ("aten" if expected == "left" else "gemm", expected == "copied")
 
 
 @pytest.mark.parametrize(

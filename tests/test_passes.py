@@ -11,7 +11,7 @@ import torch
 from oracle import ATEN, assert_no_worse, errors, oracle, passes
 
 import tconv
-from tconv import dispatch, launch, layouts
+from tconv import dispatch, families, launch, layouts
 from tconv.configs import Target
 
 explain = sys.modules["tconv.explain"]  # the module, not the function of its name
@@ -168,6 +168,23 @@ def test_small_grids_split_their_sums(case, precision, last, device, monkeypatch
         told = tconv.explain(input, weight, bias, **case.layer).passes
     assert told[0].plan.splits > 1 or case.id == "3d_k3s2_groups2" or input.itemsize == 2  # too few steps
     assert told[1].plan.splits > 1 and f"sum in {told[1].plan.splits} parts" in str(told[1])
+
+
+@pytest.mark.parametrize("c_out", (132, 144))
+def test_a_copied_gradient(c_out, device, ieee, monkeypatch):
+    """The portable kernel reads the output's gradient from a copy with its channels innermost."""
+    monkeypatch.setattr(families, "IEEE_INPUT_PRODUCTS", 0)
+    dispatch.plan.cache_clear()
+    case = Case("copied", (2, 20, 3, 5), (20, c_out, 3, 4), dict(stride=2, padding=1), False)
+    input, weight, bias, grad = make(case, torch.float32, device)
+    with dispatch.without("aten"):
+        told = tconv.explain(input, weight, **case.layer).passes[1]
+        actual = passes(TCONV[2], input, weight, bias, grad, **case.layer)
+    assert (told.plan.family, told.plan.arranged) == ("gemm", True)
+    assert "of a copy of the output's gradient with its channels innermost" in str(told)
+    exact = passes(ATEN[2], *(None if t is None else t.double() for t in (input, weight, bias, grad)), **case.layer)
+    assert errors(actual[1], exact[1])[1] < 1e-6
+    dispatch.plan.cache_clear()
 
 
 @pytest.mark.parametrize("case, precision", some(CASES, "ieee"))

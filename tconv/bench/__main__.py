@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     run.add_argument("--quick", action="store_true", help="fewer repetitions, no cold first calls")
-    run.add_argument("--budget", type=float, metavar="S", help="seconds of timing a pass of a case; default 0.15")
+    run.add_argument("--budget", type=float, metavar="S", help="seconds of timing a pass of a case; default 0.1")
     run.add_argument(
         "--timeout", type=float, default=300, metavar="S", help="seconds a case or a model may take; default 300"
     )

@@ -34,16 +34,15 @@ SUITES = ("core", "kernelbench", "kernelbench-problems", "zoo")
 
 # What `core` takes from the two collections: every class, and sizes that are checked and measured in under a second.
 CORE = """
-    L2/91 DCGAN/g1 DCGAN/g3 pix2pix-unet256/mid8 pix2pix-unet256/up64 SimpleBaseline-R50/deconv3 RIFE/up272
-    FlowNetC/deconv12 HTDemucs-freq/fdec128
-    L3/45.1 UNet-2D/up64 SAM/up2 MaskRCNN-head/deconv PointPillars-KITTI/deblock_s4 LinkNet/tp_conv2
-    L2/11 LinkNet/decoder1_stride1 DCVC-TCM/mv_prior_stride1
+    L2/91 DCGAN/g1 DCGAN/g3 pix2pix-unet256/mid8 SimpleBaseline-R50/deconv3 HTDemucs-freq/fdec128
+    L3/45.1 UNet-2D/up64 SAM/up2 MaskRCNN-head/deconv PointPillars-KITTI/deblock_s4
+    L2/11 DCVC-TCM/mv_prior_stride1
     L2/36 L1/81 StyleGAN2-1024/conv0_b128 CompressAI-ScaleHyperprior/g_s64
-    DCGAN/g4 FSRCNN-x3/deconv RIFE/lastconv90 FCN-8s/upscore8
+    DCGAN/g4 RIFE/lastconv90 FCN-8s/upscore8
     L1/75 StyleGAN2-1024/conv0_b128_fused_modconv
     CenterNet-DLA34/ida_up64 EDM-ADM-ImageNet64/up32 BigVGAN-v2-24k/antialias_up_c192 MedNeXt-L-k5/up_dw32
     HiFiGAN-V1/ups0_train HiFiGAN-V1/ups2_infer DAC-44k/up0_train EnCodec-24k/up2 ConvTasNet-decoder/decoder L1/79
-    nnUNet-3d_fullres/tu32 PSMNet/conv6 IGEV-Stereo/conv2_up L2/15 L1/58
+    nnUNet-3d_fullres/tu32 PSMNet/conv6 L2/15 L1/58
 """
 
 _EXAMPLE = '"convtranspose2d 256 128 k4 s2 p1 @ 16x256x32x32"'

@@ -22,7 +22,7 @@ class Settings:
     formats: list[str] = field(default_factory=list)
     providers: list[str] = field(default_factory=list)
     match: str = ""
-    budget: float = 0.15  # seconds of timing a pass of a task
+    budget: float = 0.1  # seconds of timing a pass of a task
     fewest: int = 5  # rounds, whatever the budget
     most: int = 60
     timeout: float = 300.0  # seconds a task

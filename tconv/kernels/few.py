@@ -13,7 +13,7 @@ from .common import axis_taps, divisible, inside, known_strides, split_row, wide
 
 GATHER = (
     "batch c_src c_dst groups d_src h_src w_src d_dst h_dst w_dst kd strided padd dild gcdd invd "
-    "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w w_g w_s w_d parts per_part"
+    "src_n src_c src_d src_h src_w dst_n dst_c dst_d dst_h dst_w w_g w_s w_d parts per_part splits per_split count"
 ).split()
 WEIGHT = (
     "batch c_in c_out groups d_in h_in w_in d_out h_out w_out kd strided padd dild "
@@ -118,10 +118,13 @@ def _held(weight, ACC: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, t
 
 
 @triton.jit
-def _biases(bias, ACC: tl.constexpr, COUNT: tl.constexpr):
-    """The biases of so many destination channels."""
+def _biases(bias, split, ACC: tl.constexpr, COUNT: tl.constexpr, t: tl.constexpr):
+    """The biases of so many destination channels; of parts the first has them."""
     if COUNT > 1:
-        return _biases(bias, ACC, COUNT // 2) + _biases(bias + COUNT // 2, ACC, COUNT - COUNT // 2)
+        HALF: tl.constexpr = COUNT // 2
+        return _biases(bias, split, ACC, HALF, t) + _biases(bias + HALF, split, ACC, COUNT - HALF, t)
+    elif t.parted:
+        return (widen(tl.load(bias, mask=split == 0, other=0.0), ACC),)
     else:
         return (widen(tl.load(bias), ACC),)
 
@@ -207,12 +210,12 @@ def _joined(sums, FIRST: tl.constexpr, t: tl.constexpr, WIDTH: tl.constexpr, STE
 @triton.jit
 def _gather_tile(
     src, weights, held, bias, dst, tile_r, tile_w, quotient, size, src_n, steps, source, c_src, dst_size, dst_steps,
-    to, w_s, of_depth, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
+    to, w_s, of_depth, split, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
     """All that a tile's pixels are for.
 
     quotient: how many rows there are, and how many of them along depth and height, of one phase.  source and to: offsets of
-    the channels; of_depth: what a loop over the depth's taps needs.
+    the channels; of_depth: what a loop over the depth's taps needs; split: which part these sums are.
     """
     rows, q_d, q_h = quotient
     row, qw = _pixels(tile_r, tile_w, t)
@@ -239,7 +242,7 @@ def _gather_tile(
         sums = _add_all(sums, src + pixel, weights, held, row_ok, (id0, ih, iw), size, steps, c_src, w_s, ACC, t)
 
     if HAS_BIAS:  # behind the sums, whose registers they would take
-        biases = _biases(bias + to, ACC, t.channels)
+        biases = _biases(bias + to, split, ACC, t.channels, t)
     W: tl.constexpr = t.phases_w if t.lanes == 1 and t.phases_w & (t.phases_w - 1) == 0 else 1  # side by side
     for ad in tl.static_range(tl.constexpr(t.phases_d)):
         out = n * dst_steps[0] + to * dst_steps[1]
@@ -269,6 +272,7 @@ def gather_few(
     src, weight, bias, dst,
     batch, c_src, c_dst, groups, d_src, h_src, w_src, d_dst, h_dst, w_dst, kd, strided, padd, dild, gcdd, invd,
     src_n, src_c, src_d, src_h, src_w, dst_n, dst_c, dst_d, dst_h, dst_w, w_g, w_s, w_d, parts, per_part,
+    splits, per_split, count,
     FORWARD: tl.constexpr, SRC_WIDTH: tl.constexpr, DST_WIDTH: tl.constexpr, SRC_VECTOR: tl.constexpr, DST_VECTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACC: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +280,8 @@ def gather_few(
 
     c_src and c_dst are a group's, where channels lie side by side all there are (and groups is 1).  w_g, w_s, w_d: the
     weight's strides along group (or block of lanes), source channel and depth.  A program does per_part tiles, one
-    below the other or one after the other along the width, of `parts` such parts.  SRC_VECTOR and DST_VECTOR divide the
+    below the other or one after the other along the width, of `parts` such parts.  Of several source channels it takes
+    per_split, one of `splits` parts, whose results lie count apart.  SRC_VECTOR and DST_VECTOR divide the
     strides and the width of a tensor along whose width neighbours lie.
     """
     if t.lanes > 1:
@@ -320,6 +325,10 @@ def gather_few(
     pid = pid // beside
     part = pid % parts
     group = pid // parts
+    split = 0
+    if t.parted:
+        split = group % splits
+        group = group // splits
 
     co0 = block * (t.channels * t.lanes)
     co = _lanes(co0, t)
@@ -332,6 +341,12 @@ def gather_few(
         weights = weight + block * w_g + _lanes(0, t)
         if t.own:
             source = co
+    if t.parted:
+        first = split * per_split
+        source += first * src_c
+        weights += first * w_s.to(tl.int64)
+        c_src = tl.minimum(per_split, c_src - first)
+        dst += split.to(tl.int64) * (count // DST_VECTOR * DST_VECTOR)  # type: ignore[attr-defined]
     held = ()
     if t.held:
         held = _held(weights, ACC, 0, t.kernel[0] * t.kernel[1] * t.kernel[2] * t.channels, t)
@@ -349,13 +364,13 @@ def gather_few(
             tile_r, tile_w = (this, tile) if t.across else (tile, this)
             _gather_tile(
                 src, weights, held, bias, dst, tile_r, tile_w, quotient, size, src_n, steps, source, c_src, dst_size, dst_steps,
-                to, w_s, of_depth, HAS_BIAS, ACC, t,
+                to, w_s, of_depth, split, HAS_BIAS, ACC, t,
             )  # fmt: skip
     else:  # without the loop's registers
         tile_r, tile_w = (this, part) if t.across else (part, this)
         _gather_tile(
             src, weights, held, bias, dst, tile_r, tile_w, quotient, size, src_n, steps, source, c_src, dst_size, dst_steps,
-            to, w_s, of_depth, HAS_BIAS, ACC, t,
+            to, w_s, of_depth, split, HAS_BIAS, ACC, t,
         )  # fmt: skip
 
 

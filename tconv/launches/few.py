@@ -13,6 +13,7 @@ from ..problem import Plan
 from ..record import Record
 from .common import accumulator
 from .copies import transpose
+from .sums import partial_sums, sum_splits
 from .weights import pack
 
 
@@ -46,12 +47,14 @@ def gather(
         tile = replace(tile, weight=(0, w_d, kw * tap, tap))
     else:
         tile = replace(tile, weight=(w_t, w_d, w_h, w_w))
+    splits, to = chosen.splits, partial_sums(noted, destination, chosen.splits)
     noted.launch(
-        gather_few, programs,
-        source, weight, destination if bias is None else bias, destination,
+        gather_few, programs * splits,
+        source, weight, destination if bias is None else bias, to,
         source.shape[0], c_src, c_dst, g, *sizes3(source.shape[2:]), *sizes3(destination.shape[2:]),
         depth.kernel, depth.stride, depth.padding, depth.dilation, depth.gcd, depth.inverse,
         *strides5(source), *strides5(destination), w_g, w_s, w_d, parts, per_part,
+        splits, few.per_part(tile, c_src, splits), destination.numel() if splits > 1 else 0,
         FORWARD=is_forward,
         SRC_WIDTH=layout(source) == "width",
         DST_WIDTH=layout(destination) == "width",
@@ -65,6 +68,7 @@ def gather(
         # Sums in blocks have twice the registers; with 168 three programs run on a multiprocessor, with more two (on sm_100 some spill).
         **({"maxnreg": few.REGISTERS} if tile.block and (target.backend, target.arch) == ("cuda", 90) else {}),
     )  # fmt: skip
+    sum_splits(noted, to, destination)
 
 
 def backward_weight(noted: Record, chosen: Plan, input, grad_output, partials, geometry: Geometry) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
+
 from ..configs import Config, cdiv
 from ..geometry import Geometry, sizes3
 from ..layouts import layout, strides5
 from ..problem import Plan
 from ..record import Record
 from .common import accumulator, axis_scalars
+from .copies import transpose
 from .sums import partial_sums, sum_splits
 from .weights import pack
 
@@ -30,12 +33,18 @@ def _of_tile(config: Config, large: bool, source) -> dict:
 def gather(
     noted: Record, chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool, large: bool
 ) -> None:
-    """Launch the family's gather kernel: the forward pass, or backward_input with the roles exchanged."""
+    """Launch the family's gather kernel: the forward pass, or backward_input with the roles exchanged; where the plan says so of a
+    copy with its channels innermost."""
     from ..kernels.direct import gather_direct
     from ..kernels.gemm import gather_gemm
 
     config = chosen.config
     assert isinstance(config, Config)
+    if chosen.arranged:
+        form = torch.channels_last if source.ndim == 4 else torch.channels_last_3d
+        copy = noted.workspace(source.shape, source.dtype, source, form)
+        transpose(noted, source, copy, source.shape[1], prod(source.shape[2:]), False)
+        source = copy
     g = geometry.groups
     c_src, c_dst = source.shape[1] // g, destination.shape[1] // g
     size = sizes3(destination.shape[2:])
