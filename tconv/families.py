@@ -159,7 +159,7 @@ def left_gradient(asked: Asked) -> Plan | str:
     if p.direction == "backward_input":
         # With TF32 allowed cuDNN decides where to use it, as it does for torch; but its choice for torch is fp32 for long sums.
         if not (half or p.is_direct or (p.tf32 and p.products <= TF32_PRODUCTS)):
-            return Plan("aten", LEFT["ieee_input"]) if _ieee_input(p) == "left" else ""
+            return Plan("aten", LEFT["ieee_input"]) if not p.tf32 and _ieee_input(p) == "left" else ""
         # At TF32 a copy pays where the gradient of the weight shares it, and costs little by itself where there are strides; but with
         # few products for each element of the gradient cuDNN reads it as it lies (2.5 ps for 64, by what an H200 took).
         many = p.geometry.groups == 1 and p.c_in * p.geometry.taps > LEFT_READ * prod(p.geometry.stride)
@@ -183,8 +183,8 @@ def _ieee_input(p: Problem) -> str:
     g, c_out = p.geometry, p.c_out
     if g.groups > 1 or g.ndim == 1:
         return ""
-    depth, volume = power_of_two(c_out, 16, 32), g.ndim == 3
-    if not volume and cdiv(c_out, depth) * depth >= MOSTLY_PADDING * c_out:
+    volume = g.ndim == 3
+    if not volume and power_of_two(c_out, 16, 32) >= MOSTLY_PADDING * c_out:
         return "left"
     if p.source != "width":
         return ""
@@ -211,7 +211,7 @@ def few_outputs(asked: Asked) -> Plan | str:
         return ""
     # In fp32 the CUDA cores are quicker where they are busy, and exact besides (FSRCNN's 56 to 1, k9: 360, 166 and 102 us for 395, 206 and
     # 128 at TF32; DCVC's 128 to 2, k3, in IEEE fp32: 188 for 407).
-    if asked.how not in ("half", "widen") and isinstance(found := _few(asked, portable=False), Plan):
+    if asked.how not in ("half", "widen") and isinstance(found := _few(asked), Plan):
         return found
     sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
     tile = columns.of_few(*sizes, asked.how, p.large, p.weight, p.destination != "width", asked.target)
@@ -219,8 +219,10 @@ def few_outputs(asked: Asked) -> Plan | str:
 
 
 def few_channels(asked: Asked) -> Plan | str:
-    """The few-channel kernels."""
-    return _few(asked, portable=False)
+    """The few-channel kernels; of few outputs in IEEE fp32 also with sums in parts."""
+    p = asked.problem
+    cut = p.direction == "forward" and asked.how == "tf32x3" and p.geometry.groups == 1 and p.c_out <= few.FEW_FP32_OUT
+    return _few(asked, cut=cut)
 
 
 def few_beside_portable(asked: Asked) -> Plan | str:
@@ -230,7 +232,7 @@ def few_beside_portable(asked: Asked) -> Plan | str:
     return found if isinstance(found, Plan) else ""
 
 
-def _few(asked: Asked, portable: bool) -> Plan | str:
+def _few(asked: Asked, portable: bool = False, cut: bool = False) -> Plan | str:
     p, g = asked.problem, asked.problem.geometry.groups
     if asked.without("few"):
         return "" if portable else "the few-channel kernels are left out"
@@ -242,7 +244,6 @@ def _few(asked: Asked, portable: bool) -> Plan | str:
         return "" if refused == few.FULL else refused
     last, half = few.by_channels(g, c_src, p.whole), p.dtype in HALF
     sizes = p.batch, c_src, c_dst, p.input_size
-    cut = asked.how == "tf32x3" and p.direction == "forward"
     tile = few.choose(p.direction, p.geometry, *sizes, half, last, asked.target, portable, cut)
     if not tile:
         return "too few pixels for the few-channel kernels"
@@ -270,7 +271,7 @@ def _copied_for_few(asked: Asked) -> bool:
     ):
         return False
     whole = p.dense and prod(p.input_size) % (16 // p.dtype.itemsize) == 0 and p.pixels * p.c_in <= shift.MOST_COPIED
-    return whole and p.c_in > few.FEW_IN and p.c_out <= few.COPIED_OUT
+    return whole and p.c_in > few.FEW_IN and p.c_out <= few.FEW_FP32_OUT
 
 
 def few_outputs_gradient(asked: Asked) -> Plan | str:
@@ -439,12 +440,10 @@ def _copied_for_gemm(asked: Asked) -> bool:
     """Whether the portable kernel has a copy of the output's gradient with its channels innermost: its pixels a stride apart
     touch as many sectors of a contiguous one as there are channels."""
     p = asked.problem
-    return (
-        p.direction == "backward_input"
-        and asked.how in ("ieee", "tf32x3")
-        and not p.large
-        and _ieee_input(p) == "copied"
-    )
+    if p.direction != "backward_input" or asked.how not in ("ieee", "tf32x3") or asked.target.backend == "hip":
+        return False
+    gradient = p.batch * p.c_out * prod(p.geometry.output_size(p.input_size))
+    return gradient <= shift.MOST_COPIED and _ieee_input(p) == "copied"
 
 
 def _pixel_splits(p: Problem, pixels: int, box: int, programs: int, target: Target) -> tuple[int, int]:

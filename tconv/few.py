@@ -25,7 +25,9 @@ FEW_IN, WITH_FEW_IN = 4, 32
 FEW_OUT = {"half": 1, "widen": 1, "tf32": 4, "tf32x3": 8, "ieee": 64}
 # and beside the portable kernels alone (64 to 3, k4 s2: 1.54 ms in bf16, 2.80 in TF32).
 FEW_OUT_PORTABLE = {"half": 5, "widen": 5, "tf32": 8, "tf32x3": 8, "ieee": 64}
-COPIED_OUT = 6  # output channels, forward in IEEE fp32, for which a channels_last input is copied
+FEW_FP32_OUT = (
+    6  # output channels, forward in IEEE fp32, for which a channels_last input is copied, or sums are cut into parts
+)
 # backward_input: 16 to 3 channels (k3 s2, 3-d) took half of cuDNN's time, 3 to 64 (k4 s2) twice as long and more.
 MOST_IN, MOST_SRC = 4, 32
 MOST_SUMS = 32  # a pixel: registers

@@ -190,7 +190,10 @@ def test_short_sums_at_tf32(c_in, c_out, kernel, destination, expected):
         (dict(source="vectors"), ""),
         (dict(kernel=2), "left"),
         (dict(kernel=2, source="vectors"), ""),
+        (dict(kernel=2, tf32=True, c_out=12288), ""),  # sums too long for TF32
+        (dict(c_out=33, source="channels"), ""),
         (dict(batch=1), ""),
+        (dict(batch=32 << 10, c_in=16), ""),  # a copy of more than 1 GB
         (dict(c_out=130), "left"),
         (dict(dense=False), "left"),
         (dict(size=(192,)), ""),
@@ -208,7 +211,7 @@ def test_inputs_gradients_in_ieee_fp32(change, expected):
     kernel, stride, size = (facts.pop(name) for name in ("kernel", "stride", "size"))
     n = len(size)
     geometry = Geometry((kernel,) * n, (stride,) * n, (0,) * n, (0,) * n, 1, (1,) * n)
-    facts |= dict(input_size=size, dtype=torch.float32, tf32=False)
+    facts = dict(tf32=False) | facts | dict(input_size=size, dtype=torch.float32)
     plan = dispatch.plan(Problem("backward_input", geometry, **facts), HOPPER)
     assert (plan.family, plan.arranged) == ("aten" if expected == "left" else "gemm", expected == "copied")
 

@@ -171,9 +171,10 @@ def test_small_grids_split_their_sums(case, precision, last, device, monkeypatch
 
 
 @pytest.mark.parametrize("c_out", (132, 144))
-def test_a_copied_gradient(c_out, device, ieee, monkeypatch):
+def test_a_copied_gradient(c_out, device, ieee, monkeypatch, request):
     """The portable kernel reads the output's gradient from a copy with its channels innermost."""
     monkeypatch.setattr(families, "IEEE_INPUT_PRODUCTS", 0)
+    request.addfinalizer(dispatch.plan.cache_clear)
     dispatch.plan.cache_clear()
     case = Case("copied", (2, 20, 3, 5), (20, c_out, 3, 4), dict(stride=2, padding=1), False)
     input, weight, bias, grad = make(case, torch.float32, device)
@@ -184,7 +185,6 @@ def test_a_copied_gradient(c_out, device, ieee, monkeypatch):
     assert "of a copy of the output's gradient with its channels innermost" in str(told)
     exact = passes(ATEN[2], *(None if t is None else t.double() for t in (input, weight, bias, grad)), **case.layer)
     assert errors(actual[1], exact[1])[1] < 1e-6
-    dispatch.plan.cache_clear()
 
 
 @pytest.mark.parametrize("case, precision", some(CASES, "ieee"))
