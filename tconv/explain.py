@@ -44,8 +44,11 @@ class PassExplanation:
         text = f"{self.name}: {self.plan.family} ({self.plan.reason}); {_WORDS[self.plan.precision]}; tile {self.plan.config.describe()}"
         if self.plan.arranged:
             inner = "pixels" if self.plan.family == "few" else "channels"
-            source = "output's gradient" if self.name == "backward_input" else "input"
-            text += f", of a copy of the {source} with its {inner} innermost"
+            source = {
+                "backward_input": "a copy of the output's gradient",
+                "backward_weight": "copies of both activations",
+            }
+            text += f", of {source.get(self.name, 'a copy of the input')} with {inner} innermost"
         if self.plan.splits > 1:
             text += f"; sum in {self.plan.splits} parts"
         return text

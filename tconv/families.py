@@ -33,7 +33,7 @@ class Asked:
 
 # What is left to aten, and why: the time of the kernels that every GPU runs over cuDNN's.  Gradients: on an H100 and an H200,
 # geometric means over core; in IEEE fp32 inputs' are level, but for depthwise ones (and over half of the
-# zoo under Triton 3.9, 0.95 in NCHW, 1.45 times cuDNN's speed in channels_last); so are depthwise weights'.  Weights' in IEEE fp32: that half.  Forward:
+# zoo under Triton 3.9, 0.95 in NCHW, 1.45 times cuDNN's speed in channels_last); so are depthwise weights'.  Forward:
 # groups that the shift kernel does not take: StyleGAN2's 8 of 512 to 256 channels (16 bits 1.7 to 2.1, TF32 1.7 and 2.1),
 # and in 16 bits, channels_last, L1/72 and L1/75 (8 to 16 channels, 2.2 and 1.5; 0.3 to 0.6 in NCHW, and in TF32); and products
 # of contiguous matrices, where the block kernel does not take them: k1 of PointPillars, SECOND, CenterPoint and BEVFusion (64 to 128 and 128 to 256 channels, 16 bits 1.2
@@ -47,7 +47,6 @@ LEFT = {
     "sums": "cuDNN measured up to 1.3 times faster with sums so long in channels_last on an H200",
     "product": "cuDNN measured up to 1.6 times faster with a kernel of 1 on contiguous tensors on an H200",
     "backward_input": "cuDNN's gradient measured 2.5 times faster on Hopper GPUs",
-    "ieee": "cuDNN's gradient measured 2.4 times faster in IEEE fp32 on an H200, and 1.3 times in channels_last",
     "ieee_input": "cuDNN's gradient measured up to 5 times faster in IEEE fp32 on an H200",
     "backward_weight": "cuDNN's gradient measured 3.4 times faster on Hopper GPUs",
 }
@@ -66,6 +65,10 @@ LEFT_CHANNELS = 64
 # (1.0 to 3.4 for small ones, and 1.15 for UNETR's 16 channels), 0.8 to 2 with those that do, and of a copy 0.8 to 1.2 times that.
 # 1-d 0.86 to 1.7.
 MOSTLY_PADDING, IEEE_INPUT_PRODUCTS, IEEE_INPUT_CHANNELS = 1.75, 3 << 29, 128
+# Weights' gradients in IEEE fp32: 0.41 of cuDNN's speed in NCHW, 0.77 in channels_last, over half of the zoo.  cuDNN's deterministic
+# algorithms are no way out: half of its results had twice the error of its free choice and more, and small ones took up to seven times as
+# long.  By the times in channels_last, copies take NCHW to 0.74; with fewer channels they lose.
+IEEE_WEIGHT_CHANNELS = 32
 # In 16 bits and channels_last, without a bias (cuDNN's time over the shift kernel's): k4 s2 and k3 s2 of 512 to 2048 channels 0.81 to 1.08
 # (nine layers of 1024 pixels and more, geometric mean 0.93; 1.04 and 1.05 of 256 and 64 pixels), k3x5 and 3-d k3 of 64 to 128 channels 0.79 and 0.88; with a bias torch adds a pass.
 LONG_SUMS, WIDE_OUTPUTS = 512, 128
@@ -168,7 +171,7 @@ def left_gradient(asked: Asked) -> Plan | str:
     if p.is_direct:
         return ""
     if not (half or p.tf32):
-        return Plan("aten", LEFT["ieee"])
+        return ""
     if half:
         return Plan("aten", LEFT[p.direction], arranged=arranged)
     # Copies are rounded on their way.  What cuDNN takes as it lies it may truncate, or compute in fp32 as it does with narrow groups.
@@ -430,10 +433,12 @@ def portable(asked: Asked) -> Plan | str:
         return Plan("gemm", asked.why, asked.how, config, splits, arranged=copied)
     c_in, c_out = p.channels
     rows, width = p.batch * prod(p.input_size[:-1]), p.input_size[-1]
-    vectors = p.source == "vectors"
+    copied = _copied_for_weight(asked)
+    vectors = c_in % 16 == 0 if copied else p.source == "vectors"
     config = configs.weight_gemm(rows, width, c_in, c_out, p.dtype.itemsize, asked.how, vectors, target)
     programs = p.geometry.taps * p.geometry.groups * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
-    return Plan("gemm", asked.why, asked.how, config, *_pixel_splits(p, config.block_k, config.box_w, programs, target))
+    splits, each = _pixel_splits(p, config.block_k, config.box_w, programs, target)
+    return Plan("gemm", asked.why, asked.how, config, splits, each, copied)
 
 
 def _copied_for_gemm(asked: Asked) -> bool:
@@ -442,8 +447,22 @@ def _copied_for_gemm(asked: Asked) -> bool:
     p = asked.problem
     if p.direction != "backward_input" or asked.how not in ("ieee", "tf32x3") or asked.target.backend == "hip":
         return False
-    gradient = p.batch * p.c_out * prod(p.geometry.output_size(p.input_size))
-    return gradient <= shift.MOST_COPIED and _ieee_input(p) == "copied"
+    return _outputs(p) <= shift.MOST_COPIED and _ieee_input(p) == "copied"
+
+
+def _copied_for_weight(asked: Asked) -> bool:
+    """Whether the portable kernel has copies of both activations with their channels innermost, for a weight's gradient in IEEE fp32."""
+    p = asked.problem
+    if asked.how != "tf32x3" or p.geometry.groups > 1 or not p.source == p.destination == "width" or not p.dense:
+        return False
+    if p.c_in % 4 or p.c_out % 4 or min(p.channels) < IEEE_WEIGHT_CHANNELS:
+        return False
+    return max(_outputs(p), p.pixels * p.c_in) <= shift.MOST_COPIED
+
+
+def _outputs(p: Problem) -> int:
+    """Elements of the output."""
+    return p.batch * p.c_out * prod(p.geometry.output_size(p.input_size))
 
 
 def _pixel_splits(p: Problem, pixels: int, box: int, programs: int, target: Target) -> tuple[int, int]:

@@ -170,21 +170,29 @@ def test_small_grids_split_their_sums(case, precision, last, device, monkeypatch
     assert told[1].plan.splits > 1 and f"sum in {told[1].plan.splits} parts" in str(told[1])
 
 
-@pytest.mark.parametrize("c_out", (132, 144))
-def test_a_copied_gradient(c_out, device, ieee, monkeypatch, request):
-    """The portable kernel reads the output's gradient from a copy with its channels innermost."""
+@pytest.mark.parametrize(
+    "size, c_in, c_out, input",
+    [((3, 5), 36, 132, "copied"), ((3, 5), 32, 144, "copied"), ((2, 3, 2), 32, 36, ""), ((13,), 48, 36, "")],
+    ids=str,
+)
+def test_gradients_of_copies(size, c_in, c_out, input, device, ieee, monkeypatch, request):
+    """In IEEE fp32 the portable kernels read contiguous activations from copies with their channels innermost."""
+    n = len(size)
     monkeypatch.setattr(families, "IEEE_INPUT_PRODUCTS", 0)
     request.addfinalizer(dispatch.plan.cache_clear)
     dispatch.plan.cache_clear()
-    case = Case("copied", (2, 20, 3, 5), (20, c_out, 3, 4), dict(stride=2, padding=1), False)
-    input, weight, bias, grad = make(case, torch.float32, device)
-    with dispatch.without("aten"):
-        told = tconv.explain(input, weight, **case.layer).passes[1]
-        actual = passes(TCONV[2], input, weight, bias, grad, **case.layer)
-    assert (told.plan.family, told.plan.arranged) == ("gemm", True)
-    assert "of a copy of the output's gradient with its channels innermost" in str(told)
-    exact = passes(ATEN[2], *(None if t is None else t.double() for t in (input, weight, bias, grad)), **case.layer)
-    assert errors(actual[1], exact[1])[1] < 1e-6
+    case = Case("copied", (4, c_in, *size), (c_in, c_out, *(3, 4, 2)[:n]), dict(stride=2, padding=1), False)
+    tensors = make(case, torch.float32, device)
+    with dispatch.without("aten", "columns"):
+        _, of_input, of_weight, *_ = tconv.explain(*tensors[:2], **case.layer).passes
+        actual = passes(TCONV[n], *tensors, **case.layer)
+    assert (of_input.plan.family, of_input.plan.arranged) == ("gemm", input == "copied")
+    assert (of_weight.plan.family, of_weight.plan.arranged) == ("gemm", True)
+    assert "of copies of both activations with channels innermost" in str(of_weight)
+    assert ("of a copy of the output's gradient with channels innermost" in str(of_input)) == of_input.plan.arranged
+    exact = passes(ATEN[n], *(None if t is None else t.double() for t in tensors), **case.layer)
+    for ours, truth in zip(actual[1:3], exact[1:3], strict=True):
+        assert errors(ours, truth)[1] < 1e-6
 
 
 @pytest.mark.parametrize("case, precision", some(CASES, "ieee"))

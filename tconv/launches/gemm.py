@@ -30,6 +30,15 @@ def _of_tile(config: Config, large: bool, source) -> dict:
     )
 
 
+def _channels_last(noted: Record, t: torch.Tensor) -> torch.Tensor:
+    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost; of a 1-d layer with a height of 1."""
+    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
+    form = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    copy = noted.workspace((*t.shape[:2], *size), t.dtype, t, form)
+    transpose(noted, t, copy, t.shape[1], prod(size), False)
+    return copy
+
+
 def gather(
     noted: Record, chosen: Plan, source, weight, bias, destination, geometry: Geometry, is_forward: bool, large: bool
 ) -> None:
@@ -40,11 +49,7 @@ def gather(
 
     config = chosen.config
     assert isinstance(config, Config)
-    if chosen.arranged:
-        form = torch.channels_last if source.ndim == 4 else torch.channels_last_3d
-        copy = noted.workspace(source.shape, source.dtype, source, form)
-        transpose(noted, source, copy, source.shape[1], prod(source.shape[2:]), False)
-        source = copy
+    source = _channels_last(noted, source) if chosen.arranged else source
     g = geometry.groups
     c_src, c_dst = source.shape[1] // g, destination.shape[1] // g
     size = sizes3(destination.shape[2:])
@@ -91,12 +96,15 @@ def gather(
 
 
 def backward_weight(noted: Record, chosen: Plan, input, grad_output, partials, geometry: Geometry, large: bool) -> None:
-    """Launch the portable kernel for the partial sums of a weight's gradient."""
+    """Launch the portable kernel for the partial sums of a weight's gradient, where the plan says so of copies with their channels
+    innermost."""
     from ..kernels.direct import weight_direct
     from ..kernels.gemm import weight_gemm
 
     config, g, taps = chosen.config, geometry.groups, geometry.taps
     assert isinstance(config, Config)
+    if chosen.arranged:
+        input, grad_output = _channels_last(noted, input), _channels_last(noted, grad_output)
     c_in, c_out = input.shape[1] // g, grad_output.shape[1] // g
     scalars = (
         input.shape[0],
