@@ -337,6 +337,21 @@ def test_results_merge():
     assert report.heads(new) == [new["head"]]
 
 
+def test_a_summary_tells_each_device_and_its_versions_once():
+    """And what was run there, each commit and day once."""
+    of = dict(device="H200", triton="3.9.0", cudnn=91900)
+    heads = [
+        of | {"commit": "a", "date": "2026-11-29T10:00:00"},
+        of | {"commit": "b", "date": "2026-11-30T10:00:00"},
+        of | {"commit": "a", "date": "2026-11-29T11:00:00"},
+        of | {"triton": "3.6.0"},
+    ]
+    assert report.describe_versions(heads) == [
+        "H200, triton 3.9.0, cudnn 91900, commit a (2026-11-29), commit b (2026-11-30)",
+        "H200, triton 3.6.0, cudnn 91900",
+    ]
+
+
 def test_a_case_that_one_result_lost_and_another_has_is_not_lost():
     lost = row("a", "", ms=None, status="timeout", **{"pass": ""})
     one, other = (
@@ -689,7 +704,7 @@ def test_resume(capsys, no_gpu):
     code, text = out_of(capsys, *argv)
     assert code == 2 and "r.json.partial is what a stopped run left: --resume" in text
     code, text = out_of(capsys, *argv, "--quick", "--resume")
-    assert code == 2 and "was begun with other options: budget 0.15 (now 0.05)" in text
+    assert code == 2 and "was begun with other options: budget 0.1 (now 0.05)" in text
     code, text = out_of(capsys, *argv, "--resume")
     assert code == 0, text
     rows = json.loads((no_gpu / "r.json").read_text())["rows"]

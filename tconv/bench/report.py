@@ -229,10 +229,25 @@ def heads(result: dict) -> list[dict]:
     return result.get("heads") or [result["head"]]
 
 
+def _named(head: dict, *keys: str) -> str:
+    return ", ".join(str(head[k]) if k == "device" else f"{k} {head[k]}" for k in keys if head.get(k))
+
+
+VERSIONS = "device", "driver", "torch", "triton", "cudnn"
+
+
+def describe_versions(heads: list[dict]) -> list[str]:
+    """A line for each device and versions that several results come from, with what they were run on."""
+    runs: dict[str, list[str]] = {}
+    for head in heads:
+        when = _named(head, "commit") + (f" ({head['date'][:10]})" if head.get("date") else "")
+        runs.setdefault(_named(head, *VERSIONS), []).append(when)
+    return [", ".join([versions, *dict.fromkeys(filter(None, whens))]) for versions, whens in runs.items()]
+
+
 def describe_head(head: dict) -> str:
     """The device and versions, and the roofs as they were measured."""
-    keys = ("device", "driver", "torch", "triton", "cudnn", "commit", "date")
-    text = ", ".join(f"{k} {head[k]}" if k != "device" else str(head[k]) for k in keys if head.get(k))
+    text = _named(head, *VERSIONS, "commit", "date")
     if head.get("gpus", 1) > 1:
         text += f", {head['gpus']} GPUs shared the cases"
     roofs = head.get("roofs")
@@ -367,8 +382,9 @@ def verdict(found: list[Speedup]) -> str:
 def markdown(result: dict, summary: bool = False, charts: Iterable[Path] = (), page: str = "") -> str:
     """The report for a page, such as README: what it comes to, charts, tables; long tables last and folded."""
     found = speedups(result["rows"])
-    described = [describe_head(head).splitlines() for head in heads(result)]
-    text = ["  \n".join(line for lines in described for line in (lines[:1] if summary else lines)), ""]
+    told = heads(result)
+    lines = describe_versions(told) if summary else [line for h in told for line in describe_head(h).splitlines()]
+    text = ["  \n".join(lines), ""]
     if found:
         text += [verdict(found), ""]
     for chart in charts:
