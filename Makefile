@@ -15,7 +15,7 @@ space := $(empty) $(empty)
 # pytest must be told where the tests are: it takes the value of an option that it does not know yet for a path.
 TESTS ?= tests
 
-.PHONY: demo test gpu-test sanitize results report lint clean FORCE
+.PHONY: demo test gpu-test sanitize compiled-for-sanitizers results report lint clean FORCE
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +42,11 @@ gpu-test:
 
 # On a machine with a Hopper GPU: compute-sanitizer over the forms of the kernels for it; the logs are kept.  Triton asks the driver
 # for more shared memory than a watched kernel may have, and does with less: no error of the kernel's.
+# The kernels are compiled before any tool watches, so that the three may run side by side (make -j3 sanitize).
 sanitize: $(patsubst %,benchmarks/results/sanitizer-%.txt,memcheck racecheck initcheck)
-benchmarks/results/sanitizer-%.txt: FORCE
+compiled-for-sanitizers:
+	$(PYTHON) tests/sanitized.py
+benchmarks/results/sanitizer-%.txt: compiled-for-sanitizers FORCE
 	compute-sanitizer --tool $* --show-backtrace no $(if $(filter memcheck,$*),--report-api-errors no) --kernel-regex kns=tconv --error-exitcode 1 $(PYTHON) tests/sanitized.py > $@ 2>&1
 
 # The published results, made on a machine with GPUs and torch already installed: `make results GPUS=4`, by estimate half
