@@ -20,23 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from tconv import dispatch, launch, layouts, record
+from tconv.bench.compiler import Driver
 from tconv.configs import Target
 from tconv.geometry import Geometry
 
 started: list[tuple] = []
-
-
-class Utils:
-    """Of the driver: nothing is loaded."""
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-
-    def load_binary(self, name, kernel, shared, device):
-        return 1, name, 128, 0, 1024  # module, function, registers, spills, most threads
-
-    def unload_module(self, module):
-        pass
 
 
 class Launcher:
@@ -49,21 +37,6 @@ class Launcher:
         if args[7]:
             args[7](args[6])
         started.append((*args[:6], self.overlaps, *args[9:]))  # without the launch's metadata and hooks
-
-
-class Driver:
-    """An H100 that nobody has."""
-
-    utils, launcher_cls = Utils(), Launcher
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
 
 
 def written(tensors) -> list[list]:
@@ -121,7 +94,8 @@ def compare(title, function, *args) -> bool:
 
 
 def main() -> int:
-    driver.set_active(Driver())
+    properties = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+    driver.set_active(Driver(GPUTarget("cuda", 90, 32), properties, Launcher))
     target = Target("cuda", 90, 132, tuple(map(int, triton.__version__.split(".")[:2])), ("aten",))
     dispatch.target_of = launch.target_of = lambda device: target
     good = True

@@ -88,11 +88,6 @@ class Case:
         held = (8 * 2 + 4 * 3) * self._held() + 8 * 3 * largest
         return held + 8 * 3 * (self.elements or 0)
 
-    @property
-    def call_bytes(self) -> int:
-        """About the most memory that a training step in fp32 holds: the draw, its copy in a memory format, results."""
-        return 4 * 3 * (self._held() + (self.elements or 0))
-
     def _held(self) -> int:
         return sum(layer.elements + prod(layer.weight_shape) for layer in self.layers)
 

@@ -12,11 +12,10 @@ from .store import Settings, Store, describe
 from .workers import Worker
 
 WORTH = 8  # tasks, from which on several processes compile beforehand: each takes seconds to start
-CONTEXT = 10**9  # bytes, more than CUDA's context and loaded kernels take on the device in each process
 
 
 def distinct(pending: list[dict]) -> list[dict]:
-    """The tasks whose calls differ, largest first, with `bytes`, what one holds on the device at most.
+    """The tasks whose calls differ.
 
     Suites share layers, under names of their own; and a training step launches what the other passes do.
     """
@@ -25,8 +24,8 @@ def distinct(pending: list[dict]) -> list[dict]:
         case = cases.find(task["suite"], task["name"])
         passes = ["training"] if "training" in task["passes"] else task["passes"]
         calls = case.problem or case.description, task["precision"], task["memory_format"]
-        found.setdefault(calls, task | {"passes": passes, "bytes": case.call_bytes})
-    return sorted(found.values(), key=lambda t: -t["bytes"])
+        found.setdefault(calls, task | {"passes": passes})
+    return list(found.values())
 
 
 @dataclass
@@ -37,33 +36,28 @@ class Helper:
     task: dict | None = None  # the one at hand
     deadline: float = 0.0  # of its next message, while a task is at hand
 
-    @property
-    def bytes(self) -> int:
-        return CONTEXT + (self.task["bytes"] if self.task else 0)
-
     def give(self, task: dict, seconds: float) -> None:
         self.task, self.deadline = task, time.monotonic() + seconds
         self.worker.tell([task])
 
 
 def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any) -> None:
-    """Call tconv once for all that is pending, in several processes, so that Triton's cache on disk holds its kernels.
+    """Compile what all that is pending launches on tconv, in several processes, so that Triton's cache on disk holds it.
 
-    A task begins when it fits in the device's memory beside those under way, or alone.  One that crashes or hangs is
-    left to the measuring process.
+    A task that crashes or hangs is left to the measuring process.
     """
-    waiting, helpers, room, done = distinct(pending), list[Helper](), 0, 0
+    waiting, helpers, ready, done = distinct(pending), list[Helper](), False, 0
     begin, total = time.perf_counter(), len(waiting)
     progress.start(total, 0)
     progress.line(f"preparing {total} cases in up to {settings.compilers} processes")
     try:
         while waiting or helpers:
-            _give(waiting, helpers, room, settings)  # before it has told the room, the first process has a task
+            _give(waiting, helpers, ready, settings)
             for helper in list(helpers):
                 note = f"no result after {settings.timeout:.0f} s"
                 try:
                     while message := helper.worker.next(0):
-                        room = room or message.get("free", 0)
+                        ready |= "ready" in message
                         helper.deadline = time.monotonic() + settings.timeout
                         if "end" in message and helper.task:
                             progress.at(f"preparing {describe(helper.task)}", done := done + 1)
@@ -74,7 +68,7 @@ def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any
                         continue
                 helper.worker.stop()
                 helpers.remove(helper)
-                if not room:
+                if not ready:
                     return progress.line(f"nothing is prepared: {note or helper.worker.last_words()}")
                 if helper.task:
                     progress.at(f"preparing {describe(helper.task)}", done := done + 1)
@@ -86,23 +80,16 @@ def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any
         store.spend({"compiling beforehand": time.perf_counter() - begin})
 
 
-def _give(waiting: list[dict], helpers: list[Helper], room: int, settings: Settings) -> None:
-    """Hand out what fits in `room`, largest first, to processes that are idle or new; end those that are of no use."""
-    while waiting and (room or not helpers):  # the first process tells how much is free; until then it is alone
+def _give(waiting: list[dict], helpers: list[Helper], ready: bool, settings: Settings) -> None:
+    """Hand out tasks to processes that are idle or new, one process at first, until it is ready; end those that are of no use."""
+    while waiting:
         idle = next((helper for helper in helpers if not helper.task), None)
-        if not idle and len(helpers) == settings.compilers:
-            return
-        free = room - sum(helper.bytes for helper in helpers) - (0 if idle else CONTEXT)
-        alone = not any(helper.task for helper in helpers)
-        task = next((each for each in waiting if alone or each["bytes"] <= free), None)
-        if not task:
+        if not idle and len(helpers) == (settings.compilers if ready else 1):
             return
         if not idle:
             idle = Helper(Worker({"mode": "compile", "gpu": True}, open=True))
             helpers.append(idle)
-        idle.give(task, settings.timeout if room else max(settings.timeout, 300.0))
-        waiting.remove(task)
-    if not waiting:
-        for helper in [each for each in helpers if not each.task]:
-            helper.worker.stop()
-            helpers.remove(helper)
+        idle.give(waiting.pop(0), settings.timeout if ready else max(settings.timeout, 300.0))
+    for helper in [each for each in helpers if not each.task]:
+        helper.worker.stop()
+        helpers.remove(helper)

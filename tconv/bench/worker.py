@@ -2,7 +2,7 @@
 
 The first line is the request; to measure cases, or to compile beforehand, each line after it is a list of tasks.
 A message is {"head": ...}, {"begin": id}, {"row": ...} or {"end": id}; of a model {"model": ...} or {"refused": text};
-before measuring {"free": bytes} and {"end": id}.
+before measuring {"ready": true} and {"end": id}.
 A case that kills the process costs itself alone: `run` starts another for the rest.  A task is one case at one
 precision in one memory format.
 """
@@ -14,16 +14,16 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
-from unittest.mock import patch
 
 import torch
 
-from .. import aten, layouts
-from . import cases, measure, providers
+from .. import dispatch
+from . import cases, compiler, measure, providers
 from .measure import Run
 from .model import measure_model
-from .task import SPENT, Task, Truth, failure, run_task, spent
+from .task import SPENT, Task, Truth, run_task, spent
 from .terminal import Refused
 
 
@@ -33,33 +33,18 @@ def tasks_told(channel: Iterable[str]) -> Iterator[dict]:
         yield from json.loads(line)
 
 
-def compile_kernels(request: dict, told: Iterable[str], say) -> None:
-    """Call tconv once for every pass of every task, so that its kernels lie in Triton's cache on disk."""
-    say(free=measure.free_bytes())
-    for asked in tasks_told(told):
-        try:
-            task = Task(request, asked, Truth(cases.find(asked["suite"], asked["name"]), "fp32", "cuda"))
-            # Nothing is computed of what tconv leaves to aten: cuDNN's search for it would take longer than all compiling.
-            with patch.multiple(aten, forward=_forward, backward_input=_like, backward_weight=_like, gradients=_both):
-                for pass_name in asked["passes"]:
-                    _first_of("tconv", task, pass_name)
-        except Exception as error:  # it shows again, and is told, when the case is measured
-            failure(error)
-        task = None  # type: ignore[assignment]
-        torch.cuda.empty_cache()
-        say(end=asked["id"])
+def compile_kernels(told: Iterable[str], say) -> None:
+    """Compile what every pass of every task launches, so that it lies in Triton's cache on disk."""
+    from triton.runtime import driver
 
-
-def _forward(input, weight, bias, geometry) -> torch.Tensor:
-    return layouts.empty_output(input, weight, geometry.output_size(input.shape[2:]), weight.shape[1] * geometry.groups)
-
-
-def _like(first, second, like, geometry, parts=1) -> torch.Tensor:
-    return like.squeeze(2) if geometry.ndim == 1 and like.ndim == 4 else like
-
-
-def _both(grad_output, input, weight, geometry) -> list[torch.Tensor]:
-    return [_like(grad_output, t, torch.empty_like(t), geometry) for t in (input, weight)]
+    target, real = dispatch.target_of(torch.device("cuda", 0)), driver.active
+    compiler.stand_in(target, compiler.Driver(real.get_current_target(), real.utils.get_device_properties(0)))
+    say(ready=True)
+    for task in tasks_told(told):
+        for layer in cases.find(task["suite"], task["name"]).layers:
+            with suppress(Exception):  # it shows again, and is told, when the case is measured
+                compiler.compile_layer(layer, task["passes"], task["precision"], task["memory_format"])
+        say(end=task["id"])
 
 
 def _first_of(name: str, task: Task, pass_name: str) -> float:
@@ -93,7 +78,7 @@ def main() -> None:
     mode = request.get("mode", "measure")
     if mode == "compile":
         os.setpgrp()  # so that whoever stops this process stops the compiler that it waits for, too
-        compile_kernels(request, told, say)
+        compile_kernels(told, say)
     elif mode == "first":
         say(first=first_calls(request))
     elif mode == "model":
