@@ -69,6 +69,9 @@ MOSTLY_PADDING, IEEE_INPUT_PRODUCTS, IEEE_INPUT_CHANNELS = 1.75, 3 << 29, 128
 # algorithms are no way out: half of its results had twice the error of its free choice and more, and small ones took up to seven times as
 # long.  By the times in channels_last, copies take NCHW to 0.74; with fewer channels they lose.
 IEEE_WEIGHT_CHANNELS = 32
+IEEE_WEIGHT_READ = (
+    32  # products for each element of the output's gradient; of k1 s2 or k3 s5 most of it would be copied for nothing
+)
 # In 16 bits and channels_last, without a bias (cuDNN's time over the shift kernel's): k4 s2 and k3 s2 of 512 to 2048 channels 0.81 to 1.08
 # (nine layers of 1024 pixels and more, geometric mean 0.93; 1.04 and 1.05 of 256 and 64 pixels), k3x5 and 3-d k3 of 64 to 128 channels 0.79 and 0.88; with a bias torch adds a pass.
 LONG_SUMS, WIDE_OUTPUTS = 512, 128
@@ -434,7 +437,7 @@ def portable(asked: Asked) -> Plan | str:
     c_in, c_out = p.channels
     rows, width = p.batch * prod(p.input_size[:-1]), p.input_size[-1]
     copied = _copied_for_weight(asked)
-    vectors = c_in % 16 == 0 if copied else p.source == "vectors"
+    vectors = p.source == "vectors"
     config = configs.weight_gemm(rows, width, c_in, c_out, p.dtype.itemsize, asked.how, vectors, target)
     programs = p.geometry.taps * p.geometry.groups * cdiv(c_in, config.block_m) * cdiv(c_out, config.block_n)
     splits, each = _pixel_splits(p, config.block_k, config.box_w, programs, target)
@@ -456,6 +459,8 @@ def _copied_for_weight(asked: Asked) -> bool:
     if asked.how != "tf32x3" or p.geometry.groups > 1 or not p.source == p.destination == "width" or not p.dense:
         return False
     if p.c_in % 4 or p.c_out % 4 or min(p.channels) < IEEE_WEIGHT_CHANNELS:
+        return False
+    if p.c_in * p.geometry.taps < IEEE_WEIGHT_READ * prod(p.geometry.stride):
         return False
     return max(_outputs(p), p.pixels * p.c_in) <= shift.MOST_COPIED
 

@@ -217,6 +217,32 @@ def test_inputs_gradients_in_ieee_fp32(change, expected):
 
 
 @pytest.mark.parametrize(
+    "change, copied",
+    [
+        ({}, True),
+        (dict(c_out=30), False),
+        (dict(c_in=28), False),
+        (dict(source="vectors"), False),
+        (dict(destination="vectors"), False),
+        (dict(dense=False), False),
+        (dict(tf32=True), False),
+        (dict(kernel=1), False),  # of which most of the output's gradient would be copied for nothing
+        (dict(batch=1 << 13), False),  # copies of more than 1 GB
+    ],
+    ids=str,
+)
+def test_weights_gradients_in_ieee_fp32_are_copied(change, copied):
+    facts = dict(batch=4, c_in=64, c_out=64, source="width", dense=True, kernel=2, tf32=False) | change
+    kernel = facts.pop("kernel")
+    geometry = Geometry((kernel, kernel), (2, 2), (0, 0), (0, 0), 1, (1, 1))
+    plan = dispatch.plan(
+        Problem("backward_weight", geometry, input_size=(48, 48), dtype=torch.float32, **facts),
+        replace(HOPPER, without=("aten",)),
+    )
+    assert (plan.family, plan.arranged) == ("gemm", copied)
+
+
+@pytest.mark.parametrize(
     "c_in, c_out, kernel, left",
     [(64, 64, 2, False), (68, 64, 2, True), (64, 64, 4, True), (60, 64, 4, False), (68, 48, 2, False)],
 )

@@ -59,6 +59,8 @@ def prepare(settings: Settings, store: Store, pending: list[dict], progress: Any
                     while message := helper.worker.next(0):
                         ready |= "ready" in message
                         helper.deadline = time.monotonic() + settings.timeout
+                        if message.get("note") and helper.task:
+                            progress.line(f"{describe(helper.task)}: not all is prepared, {message['note']}")
                         if "end" in message and helper.task:
                             progress.at(f"preparing {describe(helper.task)}", done := done + 1)
                             helper.task = None

@@ -240,7 +240,7 @@ def describe_versions(heads: list[dict]) -> list[str]:
     """A line for each device and versions that several results come from, with what they were run on."""
     runs: dict[str, list[str]] = {}
     for head in heads:
-        when = _named(head, "commit") + (f" ({head['date'][:10]})" if head.get("date") else "")
+        when = " ".join(filter(None, (_named(head, "commit"), f"({head['date'][:10]})" if head.get("date") else "")))
         runs.setdefault(_named(head, *VERSIONS), []).append(when)
     return [", ".join([versions, *dict.fromkeys(filter(None, whens))]) for versions, whens in runs.items()]
 

@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -38,13 +37,17 @@ def compile_kernels(told: Iterable[str], say) -> None:
     from triton.runtime import driver
 
     target, real = dispatch.target_of(torch.device("cuda", 0)), driver.active
-    compiler.stand_in(target, compiler.Driver(real.get_current_target(), real.utils.get_device_properties(0)))
+    device = real.get_current_target(), real.utils.get_device_properties(0)
+    compiler.stand_in(target, compiler.Driver(*device, compiler.launching_nothing(real.launcher_cls)))
     say(ready=True)
     for task in tasks_told(told):
+        note = ""
         for layer in cases.find(task["suite"], task["name"]).layers:
-            with suppress(Exception):  # it shows again, and is told, when the case is measured
+            try:
                 compiler.compile_layer(layer, task["passes"], task["precision"], task["memory_format"])
-        say(end=task["id"])
+            except Exception as error:  # the measuring process compiles what is missing, or fails in its turn
+                note = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        say(end=task["id"], note=note)
 
 
 def _first_of(name: str, task: Task, pass_name: str) -> float:
