@@ -297,7 +297,7 @@ def writing_weight(asked: Asked) -> Plan | str:
     if p.direction != "backward_weight" or p.is_direct or asked.without("columns"):
         return ""
     c_in, c_out = p.channels
-    activations = p.pixels * p.c_in + p.batch * p.c_out * prod(p.geometry.output_size(p.input_size))
+    activations = p.pixels * p.c_in + _outputs(p)
     width = c_out * p.geometry.taps
     tile = columns.of_weight(p.geometry.groups, c_in, width, p.pixels, activations, p.dtype.itemsize, p.large)
     return Plan("columns", f"{asked.why}: writing the weight takes the time", "", tile) if tile else ""

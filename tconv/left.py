@@ -15,7 +15,7 @@ import torch
 
 from . import aten, record
 from .geometry import Geometry
-from .launches.copies import transpose
+from .launches.copies import last_form, transpose
 from .layouts import is_large, suggested
 from .record import Record
 
@@ -24,14 +24,14 @@ _shared = threading.local()  # .copies: what _of_gradient has made inside shared
 
 def channels_last(t) -> torch.Tensor:
     """A contiguous activation's or weight's copy with its second dimension, whole pieces of 16 bytes, innermost; in fp32 rounded
-    to TF32.  Those of 1-d layers have a height of 1 then."""
+    to TF32; of the size and format of `last_form`."""
     key = "channels_last", record.facts(t)
     if known := record.find(key):
         return known.again(t)
     noted = Record(t)
-    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
-    copy = noted.result((*t.shape[:2], *size), t, torch.channels_last if len(size) == 2 else torch.channels_last_3d)
-    transpose(noted, t, copy, t.shape[1], prod(size), t.dtype is torch.float32)
+    size, form = last_form(t)
+    copy = noted.result(size, t, form)
+    transpose(noted, t, copy, t.shape[1], prod(size[2:]), t.dtype is torch.float32)
     return noted.keep(key)
 
 

@@ -50,10 +50,10 @@ def compile_kernels(told: Iterable[str], say) -> None:
         say(end=task["id"], note=note)
 
 
-def _first_of(name: str, task: Task, pass_name: str) -> float:
-    """Call a provider once; the milliseconds that took."""
-    run = Run(name, lambda: None, grad=pass_name == "training")
-    run.function = measure.call(run, partial(providers.find(name).make, task.work(pass_name, 0.0)))
+def _first_of(name: str, task: Task) -> float:
+    """Call a provider's forward pass once; the milliseconds that took."""
+    run = Run(name, lambda: None)
+    run.function = measure.call(run, partial(providers.find(name).make, task.work("forward", 0.0)))
     torch.cuda.synchronize()
     begin = time.perf_counter()
     measure.call(run)
@@ -65,7 +65,7 @@ def first_calls(request: dict) -> dict:
     """Milliseconds of the first call in this process, on tconv (import of Triton and compilation included) and cuDNN."""
     asked = request["tasks"][0]
     task = Task(request, asked, Truth(cases.find(asked["suite"], asked["name"]), "fp32", "cuda"))
-    return {name: _first_of(name, task, "forward") for name in ("tconv", "cudnn")}
+    return {name: _first_of(name, task) for name in ("tconv", "cudnn")}
 
 
 def main() -> None:

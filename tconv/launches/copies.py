@@ -13,6 +13,13 @@ from ..record import Record, on_device
 from .common import OVERLAPPING
 
 
+def last_form(t: torch.Tensor) -> tuple[tuple[int, ...], torch.memory_format]:
+    """(size, memory format) of an activation's or weight's copy with its second dimension innermost; those of 1-d layers have a
+    height of 1 then."""
+    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
+    return (*t.shape[:2], *size), torch.channels_last if len(size) == 2 else torch.channels_last_3d
+
+
 def transpose(noted: Record, t, copy, rows: int, columns: int, is_tf32: bool) -> None:
     """Write t, for each image [row, column] in memory, as [column, row]: rows are what `arrange` calls channels."""
     from ..kernels import copies as kernels

@@ -12,7 +12,7 @@ from ..layouts import layout, strides5
 from ..problem import Plan
 from ..record import Record
 from .common import accumulator, axis_scalars
-from .copies import transpose
+from .copies import last_form, transpose
 from .sums import partial_sums, sum_splits
 from .weights import pack
 
@@ -31,11 +31,10 @@ def _of_tile(config: Config, large: bool, source) -> dict:
 
 
 def _channels_last(noted: Record, t: torch.Tensor) -> torch.Tensor:
-    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost; of a 1-d layer with a height of 1."""
-    size = t.shape[2:] if t.ndim > 3 else (1, t.shape[2])
-    form = torch.channels_last if len(size) == 2 else torch.channels_last_3d
-    copy = noted.workspace((*t.shape[:2], *size), t.dtype, t, form)
-    transpose(noted, t, copy, t.shape[1], prod(size), False)
+    """A contiguous activation's copy with its channels, whole pieces of 16 bytes, innermost."""
+    size, form = last_form(t)
+    copy = noted.workspace(size, t.dtype, t, form)
+    transpose(noted, t, copy, t.shape[1], prod(size[2:]), False)
     return copy
 
 
