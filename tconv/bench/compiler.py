@@ -72,10 +72,7 @@ def stand_in(target: Target, driver: Driver) -> None:
 
     tritons.set_active(driver)
     launch.target_of = lambda device: target
-    nothing = dict(
-        forward=_forward, backward_input=_input, backward_weight=_weight, gradients=_both, backward_bias=_bias
-    )
-    for name, function in nothing.items():
+    for name, function in UNCOMPUTED.items():
         setattr(aten, name, function)
     if not shift.unavailable(target):
         for tile in probe.TILES.values():
@@ -107,6 +104,11 @@ def _both(grad_output, input, weight, geometry) -> list[torch.Tensor]:
 
 def _bias(grad_output) -> torch.Tensor:
     return grad_output.new_empty(grad_output.shape[1])
+
+
+UNCOMPUTED = dict(
+    forward=_forward, backward_input=_input, backward_weight=_weight, gradients=_both, backward_bias=_bias
+)
 
 
 def compile_layer(layer: Layer, passes: list[str], precision: str, memory_format: str) -> None:
