@@ -14,6 +14,11 @@ from . import geometry
 # cuDNN complain of workspaces of 4.7 to 48 GiB.  One split always fits, whatever the weight's size.
 WORKSPACE_ELEMENTS = 1 << 26
 
+PARTS = {
+    "tf32": 1,
+    "tf32x3": 2,
+}  # TF32 values that an fp32 operand becomes where it is copied or packed for a precision
+
 
 @dataclass(frozen=True)
 class Target:
@@ -173,14 +178,18 @@ def direct(rows: int, width: int, channels: int, channels_last: bool, target: Ta
     return Config(block_m, block_n, 1, box_width(rows, width, block_m), 4, 2)
 
 
+# Pixels that a weight's gradient adds up in one fp32 accumulator: a tensor core truncates as it accumulates, and after 32768 that had become half
+# of TF32's own rounding error (DBNet's last layer).
+MOST_SUM = 8192
+
+
 def splits(tiles: int, programs: int, elements: int, block: int, target: Target) -> tuple[int, int]:
     """(splits, pixel tiles a split) for a reduction over `tiles` pixel tiles of `block` pixels.
 
-    Four programs a multiprocessor at least, to fill the GPU; and no fp32 accumulator runs over more than 8192 pixels where
-    the workspace allows, since a tensor core truncates as it accumulates: after 32768 pixels that had become half of
-    TF32's own rounding error (DBNet's last layer).
+    Four programs a multiprocessor at least, to fill the GPU; and no fp32 accumulator runs over more than MOST_SUM pixels where
+    the workspace allows.
     """
-    want = max(cdiv(4 * target.processors, programs), cdiv(tiles * block, 8192))
+    want = max(cdiv(4 * target.processors, programs), cdiv(tiles * block, MOST_SUM))
     tiles = max(tiles, 1)  # explain() asks also about an empty batch
     count = max(1, min(want, tiles, WORKSPACE_ELEMENTS // elements))
     per_split = cdiv(tiles, count)

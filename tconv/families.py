@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from . import blocks, columns, configs, few, long, patches, shift
+from . import blocks, columns, configs, few, grid, long, patches, shift
 from .configs import Target, cdiv, power_of_two
 from .geometry import sizes3
 from .problem import HALF, TF32_PRODUCTS, Plan, Problem
@@ -408,6 +408,19 @@ def long_strides(asked: Asked) -> Plan | str:
     return Plan("long", f"{asked.why}; with such strides {neighbours} lie side by side", "", tile, splits)
 
 
+def on_grid(asked: Asked) -> Plan | str:
+    """A weight's gradient of copies on a grid of pixels."""
+    p, target = asked.problem, asked.target
+    if asked.without("grid") or not grid.takes(p, asked.how, target):
+        return ""
+    return Plan(
+        "grid",
+        f"{asked.why}: products of copies whose pixels lie side by side",
+        asked.how,
+        *grid.choose(p, asked.how, target),
+    )
+
+
 def direct(asked: Asked) -> Plan | str:
     """The direct kernels, for what would leave a tensor core's tile mostly padding."""
     p, geometry, target = asked.problem, asked.problem.geometry, asked.target
@@ -515,6 +528,7 @@ FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
     long_strides,
     left_groups,
     left_gradient,
+    on_grid,
     few_beside_portable,
     direct,
     portable,

@@ -12,7 +12,7 @@ from . import aten, configs, left, record
 from .configs import cdiv
 from .dispatch import allow_tf32, decide, flags, target_of, unsupported
 from .geometry import Geometry
-from .launches import blocks, columns, few, gemm, long, patches, shift
+from .launches import blocks, columns, few, gemm, grid, long, patches, shift
 from .launches.common import accumulator, of_partials
 from .launches.sums import sum_partials
 from .layouts import is_large, layout, memory_format, order, strides5, suggested, vector
@@ -152,6 +152,8 @@ def backward_weight(grad_output, input, geometry: Geometry) -> torch.Tensor:
         partials = noted.workspace((chosen.splits, geometry.taps, pairs), of_partials(input.dtype), input)
         if chosen.family == "few":
             few.backward_weight(noted, chosen, input, grad_output, partials, geometry)
+        elif chosen.family == "grid":
+            grid.backward_weight(noted, chosen, input, grad_output, partials, geometry)
         else:
             gemm.backward_weight(noted, chosen, input, grad_output, partials, geometry, problem.large)
         sum_partials(noted, partials, grad_weight, strides5(grad_weight), c_out // g, geometry.axes3)

@@ -31,13 +31,14 @@ class Described(NamedTuple):
     """A tensor as bulk copies take it, with the facts of Triton's TensorDescriptor."""
 
     base: torch.Tensor
-    facts: tuple  # shape, strides, block_shape, layout; where copies round to TF32 also padding and True
+    facts: tuple  # shape, strides, block_shape; for Gluon's kernels also layout, and where copies round to TF32 padding and True
 
 
 def _described(base: torch.Tensor, facts: tuple):
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(base, *facts)
+    return (TensorDescriptor if len(facts) == 3 else GluonDescriptor)(base, *facts)
 
 
 def _described_again(base: torch.Tensor | None, like):

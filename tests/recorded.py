@@ -50,7 +50,7 @@ def written(tensors) -> list[list]:
                 value.shape,
                 value.strides,
                 value.block_shape,
-                str(value.layout),
+                str(getattr(value, "layout", "")),
                 str(getattr(value, "round_f32_to_tf32", False)),
             ]
         if isinstance(value, torch.Tensor):

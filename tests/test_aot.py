@@ -34,6 +34,7 @@ KERNELS = {
     "direct": ("gather_direct", "weight_direct"),
     "long": ("gather_phases", "input_columns"),
     "patches": ("patch_weight",),
+    "grid": ("lay_on_grid", "weight_grid"),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "blocks": ("blocks_forward",),
     "shift": ("shift",),
@@ -41,7 +42,7 @@ KERNELS = {
     "copies": ("arrange",),
 }
 # Kernels that a target does not run: gradients are left to cuDNN alone, and AMD's compiler has no product in three parts.
-HOPPER = {"blocks_forward", "shift", "probe"}
+HOPPER = {"blocks_forward", "shift", "probe", "lay_on_grid", "weight_grid"}
 ELSEWHERE = {"sm_90": set(), "gfx942": {*HOPPER, "arrange", "patch_weight"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Tiles for sm_80 also serve sm_86 and sm_89.
 TARGETS = {
@@ -159,7 +160,8 @@ def triton_type(value) -> str:
         return names[value.dtype] + (" DS" if small else " D")
     if hasattr(value, "block_shape"):
         name = triton_type(value.base).split()[0].lstrip("*")
-        return f"tensordesc<{name}{value.block_shape},{value.layout!r}>".replace(" ", "")
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # which Gluon's have
+        return f"tensordesc<{name}{value.block_shape}{layout}>".replace(" ", "")
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
@@ -289,9 +291,11 @@ def judge(launch, result, target: str):
         # Accumulators go to shared memory by the pair, or in channels_last of 16 bits by the matrix.
         if min(result["to_shared"]) < 4:
             yield f"stores of {result['to_shared']} bytes to shared memory"
+    if launch["kernel"] == "weight_grid" and (not result["bulk"] or result["spills"]):
+        yield "operands by bulk copies, nothing spilled"
     if result["overlaps"] != overlapping(launch):
         yield f"of launches that overlap it has {result['overlaps']}, expected {overlapping(launch)}"
-    if constants.get("PRECISION", "ieee") != "ieee" or launch["kernel"] in HOPPER:
+    if constants.get("PRECISION", "ieee") != "ieee" or launch["kernel"] in HOPPER - {"lay_on_grid"}:
         # wgmma has no tile of fewer than 64 rows.
         wanted = (
             {"mma.sync"} if target == "sm_90" and constants.get("BLOCK_M", 64) < 64 else MATRIX_INSTRUCTIONS[target]

@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from .. import shift
-from ..configs import Target, cdiv
+from ..configs import PARTS, Target, cdiv
 from ..geometry import Geometry, sizes3
 from ..layouts import strides5
 from ..problem import Plan
@@ -16,7 +16,7 @@ from ..record import Described, Record
 from .common import OVERLAPPING
 from .copies import arrange
 from .sums import partial_sums, sum_splits
-from .weights import PARTS, pack, pack_folded
+from .weights import pack, pack_folded
 
 
 def forward(noted: Record, chosen: Plan, target: Target, input, weight, bias, output, geometry: Geometry) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from .. import shift
-from ..configs import cdiv, power_of_two
+from ..configs import PARTS, cdiv, power_of_two
 from ..geometry import Geometry, sizes3
 from ..layouts import order_of, strides5
 from ..record import Record
 
 UNFOLDED = (0,) * 11  # what kernels.pack asks about folded phases
-PARTS = {"tf32": 1, "tf32x3": 2}  # TF32 values that a packed fp32 weight becomes
 
 
 def pack(
