@@ -93,7 +93,7 @@ def flags() -> tuple:
 
 def _left_out() -> tuple[str, ...]:
     """The families that are not to be chosen: aten is no choice where its cuDNN is switched off."""
-    return _without if torch.backends.cudnn.enabled or "aten" in _without else (*_without, "aten")
+    return _without if torch._C._get_cudnn_enabled() or "aten" in _without else (*_without, "aten")
 
 
 def target_of(device: torch.device) -> Target:
@@ -116,13 +116,10 @@ def _target(device: torch.device, without: tuple[str, ...]) -> Target:
     return Target("cuda", arch, properties.multi_processor_count, (major, minor), without)
 
 
-_conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # to look it up takes 4 us, which every call would pay
-
-
 def allow_tf32() -> bool:
-    """Torch's flag for fp32 convolutions as it stands now: torch.backends.cudnn.conv.fp32_precision,
+    """Torch's flag for fp32 convolutions as it stands now: torch.backends.cudnn.conv.fp32_precision (whose property takes the host 3 us),
     which torch.backends.cudnn.allow_tf32 and the more general fp32_precision settings also set."""
-    return _conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
 
 
 def unsupported(target: Target) -> str | None:

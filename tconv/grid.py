@@ -15,10 +15,11 @@ Pure integers; neither torch nor Triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import gcd, prod
 from typing import NamedTuple
 
-from .configs import LEAST_STEPS, MOST_SUM, PARTS, WORKSPACE_ELEMENTS, Target, cdiv, power_of_two
+from .configs import MOST_SUM, PARTS, WORKSPACE_ELEMENTS, Target, cdiv
 from .geometry import Axis, Geometry, sizes3
 
 PIECE = 4  # fp32 elements of 16 bytes
@@ -26,11 +27,14 @@ PLACES = 32  # of a step along the sums: 128 bytes, a swizzled row
 LEAST_CHANNELS = 32  # on both sides: below, most of the tensor core's tile is padding
 LEAST_PLACES = 64  # of a grid, which copies and launches of their own are worth
 MOST_PLACES_A_PIXEL = 2  # zeros around rows, and parts of images that do not come out even
-LEAST_PRODUCTS = (
-    32  # for each element of the output's gradient: of k1 s2 or k3 s5 most of it would be copied for nothing
-)
+# Products for each element of the output's gradient: of k1 s2 or k3 s5 most of it would be copied for nothing.
+LEAST_PRODUCTS = 32
 MOST_ELEMENTS = 1 << 29  # of both copies together: 2 GB
-SHARED = 96 * 1024  # bytes of stages, of which a multiprocessor has twice as many
+SHARED = 192 * 1024  # bytes of stages: one program a multiprocessor
+# What an H200 is taken to do: flops a ns of TF32 products by the number of groups of four warps, bytes a ns from the L2 and from memory,
+# us that a step waits for each tap's products, and us of a program's beginning and end.
+RATE, L2, MEMORY, WAIT, ENDS = {1: 220e3, 2: 285e3}, 5000, 2600, 0.05, 2.5
+MOST_ROUNDS = 8  # of the GPU, that parts of the sums are tried for
 
 
 class Spots(NamedTuple):
@@ -66,18 +70,42 @@ def spots(geometry: Geometry, batch: int, size) -> Spots:
 
 @dataclass(frozen=True)
 class Grid:
-    """A tile of the product: input channels by output channels."""
+    """A tile of the products: input channels by output channels of several taps."""
 
     inputs: int
     outputs: int
-    num_warps: int
+    taps: int
     num_stages: int
+
+    @property
+    def num_warps(self) -> int:
+        return self.inputs // 16  # 64 rows a group of four warps
 
     def describe(self) -> str:
         return (
-            f"{self.inputs} input x {self.outputs} output channels, {PLACES} places a step, "
+            f"{self.inputs} input x {self.outputs} output channels of {self.taps} taps, {PLACES} places a step, "
             f"{self.num_warps} warps, {self.num_stages} stages"
         )
+
+    def programs(self, c_in: int, c_out: int, taps: int) -> int:
+        """How many tiles a part of the sums has."""
+        return cdiv(c_in, self.inputs) * cdiv(c_out, self.outputs) * cdiv(taps, self.taps)
+
+    def step(self, parts: int, processors: int) -> float:
+        """Microseconds of a step, in which all multiprocessors read from the L2; parts: TF32 values of an element."""
+        flops = 2 * PLACES * self.inputs * self.outputs * self.taps * (3 if parts == 2 else 1)
+        read = _stage(self.inputs, self.outputs * self.taps, parts)
+        return processors * max(flops / RATE[self.num_warps // 4], read / L2) / 1e3 + WAIT * self.taps
+
+
+def _stage(inputs: int, outputs: int, parts: int) -> int:
+    """Bytes that a step brings in."""
+    return 4 * PLACES * parts * (inputs + outputs)
+
+
+def _tiles(parts: int) -> list[Grid]:
+    sizes = [(m, n, t) for m in (64, 128) for n in (32, 64, 128) for t in (1, 2, 4) if n * t <= 128]
+    return [Grid(m, n, t, min(4, SHARED // _stage(m, n * t, parts))) for m, n, t in sizes]
 
 
 def takes(problem, how: str, target: Target) -> bool:
@@ -95,27 +123,23 @@ def takes(problem, how: str, target: Target) -> bool:
 
 
 def choose(problem, how: str, target: Target) -> tuple[Grid, int, int]:
-    """The tile, into how many parts the sums over places are cut, and how many steps each has."""
-    p, taps = problem, problem.geometry.taps
-    inputs, outputs = (_tile(c, least) for c, least in zip(p.channels, (64, 32)))
-    # Two programs a multiprocessor, one of which multiplies while the other adds up; of the largest tile one, of two groups of warps.
-    programs = 1 if inputs * outputs == 128 * 128 else 2
-    stages = min(4, 2 * SHARED // (programs * 4 * PLACES * PARTS[how] * (inputs + outputs)))
-    tile = Grid(inputs, outputs, 8 // programs, stages)
+    """The tile, into how many parts the sums over places are cut, and how many steps each has, by the least estimated time."""
+    p, taps, parts = problem, problem.geometry.taps, PARTS[how]
     places = spots(p.geometry, p.batch, p.input_size).places(p.batch)[0]
-    tiles = taps * cdiv(p.c_in, inputs) * cdiv(p.c_out, outputs)
-    # Two rounds of the GPU are enough: each part of the sums is as many results to be written and added.
-    want = max(1, round(2 * programs * target.processors / tiles), cdiv(places, MOST_SUM))
-    steps = cdiv(places, PLACES)
-    count = max(1, min(want, cdiv(steps, LEAST_STEPS), WORKSPACE_ELEMENTS // (taps * p.c_in * p.c_out)))
-    each = cdiv(steps, count)
-    return tile, cdiv(steps, each), each
-
-
-def _tile(channels: int, least: int) -> int:
-    """Of the sizes from `least` to 128, the one that pads channels least, and the largest of these."""
-    sizes = [n for n in (32, 64, 128) if least <= n <= power_of_two(channels, least, 128)]
-    return min(sizes, key=lambda n: (cdiv(channels, n) * n, -n))
+    steps, weights, processors = cdiv(places, PLACES), taps * p.c_in * p.c_out, target.processors
+    # No accumulator runs over more than MOST_SUM places where the workspace allows.
+    most = max(1, min(steps, WORKSPACE_ELEMENTS // weights))
+    least = min(most, cdiv(places, MOST_SUM))
+    found = []
+    for tile in _tiles(parts):
+        programs = tile.programs(p.c_in, p.c_out, taps)
+        for rounds in range(1, MOST_ROUNDS + 1):
+            each = cdiv(steps, min(most, max(least, rounds * processors // programs)))
+            count = cdiv(steps, each)
+            time = cdiv(programs * count, processors) * (each * tile.step(parts, processors) + ENDS)
+            found.append((time + 8 * count * weights / MEMORY / 1e3, count, each, tile))
+    _, count, each, tile = min(found, key=lambda choice: choice[:2])
+    return tile, count, each
 
 
 class Tile(NamedTuple):
@@ -127,11 +151,14 @@ class Tile(NamedTuple):
 
 
 def copied(channels: int, images: int, width: int, channels_last: bool) -> Tile:
-    """The tile of a copy of so many channels, images (of parts) and places along the width, times phases: neighbours on the one side and
-    on the other are whole sectors of 32 bytes at least."""
-    if channels_last:
-        of_channels, of_images = power_of_two(channels, 1, 32), power_of_two(images, 4, 16)
-        return Tile(of_channels, of_images, power_of_two(width, 1, 4096 // (of_channels * of_images)))
-    of_images = power_of_two(images, 4, 32)
-    of_width = power_of_two(width, 1, 4096 // (of_images * (1 if of_images == 32 else 4)))
-    return Tile(power_of_two(channels, 1, 4096 // (of_images * of_width)), of_images, of_width)
+    """The tile of 4096 elements, of a copy of so many channels, images (of parts) and places along the width, times phases, that
+    pads least.  Neighbours on the one side and on the other are whole sectors of 32 bytes at least, better 64."""
+    found = []
+    for of_images, of_width in product((4, 8, 16, 32), (4, 8, 16, 32, 64, 128, 256)):
+        of_channels = 4096 // (of_images * of_width)
+        if of_channels not in ((8, 16, 32) if channels_last else (1, 2, 4, 8, 16)):
+            continue
+        tile = Tile(of_channels, of_images, of_width)
+        padded = prod(cdiv(n, of) * of for n, of in zip((channels, images, width), tile))
+        found.append((padded * (1 + 4 / (of_channels if channels_last else of_width)), -of_width, tile))
+    return min(found)[2]

@@ -193,11 +193,12 @@ def _together(grad_output, input, weight, geometry: Geometry) -> Callable | None
     one, other = (decide(problem, target_of(input.device), input.device) for problem in (of_input, of_weight))
     if not one.family == other.family == "aten" or other.splits > 1 or one.arranged != other.arranged:
         return None
-    return partial(_of_one_call, one.arranged, [record.promised(t, f) for t, f in zip(like, formats)])
+    make = left.Gradients() if one.arranged else aten.gradients
+    return partial(_of_one_call, make, [record.promised(t, f) for t, f in zip(like, formats)])
 
 
-def _of_one_call(arranged: bool, promised, grad_output, input, weight, geometry: Geometry) -> tuple:
-    made = (left.gradients if arranged else aten.gradients)(grad_output, input, weight, geometry)
+def _of_one_call(make: Callable, promised, grad_output, input, weight, geometry: Geometry) -> tuple:
+    made = make(grad_output, input, weight, geometry)
     return tuple(as_it(t) for as_it, t in zip(promised, made))
 
 

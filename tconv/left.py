@@ -29,10 +29,15 @@ def channels_last(t) -> torch.Tensor:
     if known := record.find(key):
         return known.again(t)
     noted = Record(t)
-    size, form = last_form(t)
-    copy = noted.result(size, t, form)
-    transpose(noted, t, copy, t.shape[1], prod(size[2:]), t.dtype is torch.float32)
+    _note_channels_last(noted, t)
     return noted.keep(key)
+
+
+def _note_channels_last(noted: Record, t) -> None:
+    """Launch what `channels_last` does."""
+    size, form = last_form(t)
+    copy = noted.workspace(size, t.dtype, t, form)
+    transpose(noted, t, copy, t.shape[1], prod(size[2:]), t.dtype is torch.float32)
 
 
 @contextmanager
@@ -62,9 +67,15 @@ def contiguous(t) -> torch.Tensor:
     if known := record.find(key):
         return known.again(t)
     noted = Record(t)
-    copy = noted.result(t.shape, t, torch.contiguous_format)
-    transpose(noted, t, copy, prod(t.shape[2:]), t.shape[1], False)
+    _note_contiguous(noted, t)
     return noted.keep(key)
+
+
+def _note_contiguous(noted: Record, t) -> torch.Tensor:
+    """Launch what `contiguous` does."""
+    copy = noted.workspace(t.shape, t.dtype, t)
+    transpose(noted, t, copy, prod(t.shape[2:]), t.shape[1], False)
+    return copy
 
 
 def backward_input(function, size, grad_output, weight) -> torch.Tensor:
@@ -82,20 +93,61 @@ def backward_weight(function, grad_output, input, like) -> torch.Tensor:
     return _contiguous_if_whole(function(_of_gradient(grad_output), channels_last(input), like))
 
 
-def gradients(grad_output, input, weight, geometry: Geometry) -> list[torch.Tensor]:
-    """What aten.gradients makes of channels_last copies."""
-    made = aten.gradients(channels_last(grad_output), channels_last(input), _of_weight(weight), geometry)
-    return [_contiguous_if_whole(t) for t in made]
+class Gradients:
+    """Both gradients from one call of aten on channels_last copies, of tensors of the same facts at each call.  What is launched before
+    and behind aten is recorded together: found and repeated one by one, copies take the host twice as long."""
+
+    def __init__(self) -> None:
+        self._before: Record | None = None
+        self._behind: tuple[tuple, list[int], Record] | None = (
+            None  # facts of what aten made, which of it is copied, and how
+        )
+
+    def __call__(self, grad_output, input, weight, geometry: Geometry) -> list[torch.Tensor]:
+        tensors = grad_output, input, weight
+        copies = (self._before.replay(*tensors) if self._before else self._copy(*tensors))[3:]
+        made = aten.gradients(copies[0], copies[1], copies[2] if len(copies) > 2 else weight, geometry)
+        del copies  # before more is allocated
+        if not self._behind or self._behind[0] != record.facts(*made):
+            return self._lay_back(made)
+        _, which, behind = self._behind
+        for i, t in zip(which, behind.replay(*(made[i] for i in which))[len(which) :]):
+            made[i] = t
+        return made
+
+    def _copy(self, *tensors) -> tuple:
+        noted = Record(*tensors)
+        for t in tensors if _is_copied(tensors[2]) else tensors[:2]:
+            _note_channels_last(noted, t)
+        self._before = noted if noted.repeatable else None
+        return noted.end()
+
+    def _lay_back(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
+        if which := [i for i, t in enumerate(made) if _is_laid_back(t)]:
+            facts, noted = record.facts(*made), Record(*(made[i] for i in which))
+            for i in which:
+                made[i] = _note_contiguous(noted, made[i])
+            noted.end()
+            self._behind = (facts, which, noted) if noted.repeatable else None
+        return made
 
 
 def _of_weight(weight) -> torch.Tensor:
     """channels_last of a weight that it takes."""
-    return channels_last(weight) if weight.is_contiguous() and _is_whole(weight, weight.shape[1]) else weight
+    return channels_last(weight) if _is_copied(weight) else weight
+
+
+def _is_copied(weight) -> bool:
+    return weight.is_contiguous() and _is_whole(weight, weight.shape[1])
 
 
 def _contiguous_if_whole(t) -> torch.Tensor:
     """A dense channels_last tensor as a contiguous one, if `contiguous` takes it."""
-    return contiguous(t) if _is_whole(t, prod(t.shape[2:])) and t.movedim(1, -1).is_contiguous() else t
+    return contiguous(t) if _is_laid_back(t) else t
+
+
+def _is_laid_back(t) -> bool:
+    return _is_whole(t, prod(t.shape[2:])) and t.movedim(1, -1).is_contiguous()
 
 
 def _is_whole(t, count: int) -> bool:

@@ -71,7 +71,7 @@ class Step(NamedTuple):
 
 class Record:
     """The launches of one pass, built by carrying it out: `result` and `workspace` allocate, `launch` launches, and all
-    take note; `keep` or `leave` ends it.  `again` repeats it on other tensors of the same facts."""
+    take note; `keep`, `leave` or `end` ends it.  `again` repeats it on other tensors of the same facts."""
 
     def __init__(self, *tensors: torch.Tensor | None):
         """tensors: those of the call, in the order in which `again` will be given others; the first is on the device."""
@@ -83,7 +83,7 @@ class Record:
         self._steps: list[Step] = []
         self._left: Callable[[tuple], torch.Tensor] | None = None  # makes the result where no step does
         # Whether every launch can be repeated: not those of a tensor that plays two parts, which others need not play.
-        self._complete = len({id(t) for t in tensors if t is not None}) == sum(t is not None for t in tensors)
+        self.repeatable = len({id(t) for t in tensors if t is not None}) == sum(t is not None for t in tensors)
 
     def _empty(self, **how) -> torch.Tensor:
         made = torch.empty(**how)
@@ -123,7 +123,7 @@ class Record:
         real = [_described(*a) if isinstance(a, Described) else a for a in args]
         compiled = kernel[grid](*real, **constants, **FUSED)
         if not hasattr(compiled, "__getitem__"):  # the interpreter compiles nothing
-            self._complete = False
+            self.repeatable = False
             return
         named = dict(zip(kernel.arg_names, real)) | constants
         values = [named[name] for name in kernel.arg_names]
@@ -144,9 +144,14 @@ class Record:
         result = self._known[-len(self._allocations)]
         assert result is not None
         self._known, self._parts = [], []
-        if self._complete and key is not None:
+        if self.repeatable and key is not None:
             keep(key, self)
         return result
+
+    def end(self) -> tuple[Any, ...]:
+        """The call's tensors and those allocated, as `replay` returns them: for who keeps the record himself, if it is repeatable."""
+        known, self._known, self._parts = tuple(self._known), [], []
+        return known
 
     def leave(self, key: tuple, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
         """End with the result that `function` makes of `inputs`, which are the call's tensors or were allocated here,
@@ -163,27 +168,30 @@ class Record:
             return as_it(function(*inputs))
 
         self._left = lambda known: make(*(known[n] for n in places))
-        if self._complete:
+        if self.repeatable:
             keep(key, self)
         return make(*inputs)
 
     def again(self, *tensors: torch.Tensor | None) -> torch.Tensor:
         """Carry it out on other tensors; returns the result."""
+        known = self.replay(*tensors)
+        if self._left:
+            return self._left(known)
+        return known[len(tensors)]
+
+    def replay(self, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
+        """Launch on other tensors what was launched; returns them and what was allocated."""
         first = tensors[0]
         assert first is not None
         if _is_elsewhere(first):
             with torch.cuda.device(first.device):
-                return self.again(*tensors)
+                return self.replay(*tensors)
         known = *tensors, *[torch.empty(**how) for how in self._allocations]
         if self._cuts:
             known += tuple(known[n].narrow(*cut) for n, *cut in reversed(self._cuts))  # type: ignore[union-attr]
         if self._steps:
             self._launch_again(known)
-        if self._left:
-            return self._left(known)
-        result = known[len(tensors)]
-        assert result is not None
-        return result
+        return known
 
     def _launch_again(self, known: tuple) -> None:
         driver, knobs = _triton()

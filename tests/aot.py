@@ -83,6 +83,7 @@ def compile_launch(job):
         "matrix": [name for name, text in MATRIX_INSTRUCTIONS.items() if text in assembly],
         "bulk": "cp.async.bulk.tensor" in assembly,
         "overlaps": [name for name in ("launch_dependents", "wait") if f"griddepcontrol.{name}" in assembly],
+        "added": added(compiled.asm["ttgir"]),
         "stored": stored(assembly),
         "to_shared": to_shared(assembly),
         "copied": copied(assembly, 32 * compiled.metadata.num_warps),
@@ -94,6 +95,11 @@ def stored(ptx):
     """How many bytes a thread writes to global memory at once."""
     found = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)
     return sorted({int(many or 1) * int(bits) // 8 for many, bits in found})
+
+
+def added(ttgir):
+    """How many tensors a loop adds up."""
+    return sum(body.count("arith.addf") for body in re.findall(r"scf\.for.*?scf\.yield", ttgir, re.DOTALL))
 
 
 def to_shared(ptx):

@@ -37,6 +37,12 @@ BLOCKS = {
     "blocks, several rows in a box": ((2, 72, 10, 16, 8), (72, 40, 2, 2, 2), dict(stride=2), False),
     "blocks, rows beside the end of a box": ((4, 64, 24, 60), (64, 32, 4, 4), dict(stride=4), True),
 }
+# Weights' gradients on a grid, in fp32.
+GRIDS = {
+    "a grid": ((3, 96, 20, 21), (96, 40, 3, 3), dict(stride=2, padding=1, output_padding=1), False),
+    "a grid, channels_last": ((2, 64, 5, 9, 16), (64, 64, 2, 2, 2), dict(stride=2), True),
+    "a grid, tiles of all channels": ((16, 256, 16, 16), (256, 128, 4, 4), dict(stride=2, padding=1), False),
+}
 TOLERANCE = {"bf16": 1e-2, "tf32": 2e-3, "fp32": 2e-6}  # of the largest element; what the errors are other tests say
 
 
@@ -63,7 +69,31 @@ def main() -> int:
             wrong += not good
             what = plan.config.describe() if plan.family == family else plan.reason
             print(f"{'ok' if good else 'WRONG'} {title}, {precision}: error {error:.1e}, {what}", flush=True)
-    return 1 if wrong else 0
+    return 1 if wrong + sum(map(wrong_gradients, GRIDS)) else 0
+
+
+def wrong_gradients(title: str) -> int:
+    """In how many precisions a weight's gradient on a grid is wrong."""
+    size, kernel, options, last = GRIDS[title]
+    function, form, wrong = ATEN[len(size) - 2], FORMATS[len(size)] if last else torch.contiguous_format, 0
+    x, w = torch.randn(size), torch.randn(kernel)
+    grad = torch.randn_like(function(x, w, **options))
+    leaf = w.double().requires_grad_()
+    exact = torch.autograd.grad(function(x.double(), leaf, **options), leaf, grad.double())[0]
+    for precision in ("tf32", "fp32"):
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        tensors = [t.cuda().contiguous(memory_format=form) for t in (x, w, grad)]
+        leaf = tensors[1].requires_grad_()
+        with dispatch.without("few", "columns", "long", "patches", "aten"):
+            plan = tconv.explain(*tensors[:2], **options).passes[2].plan
+            y = getattr(tconv, f"conv_transpose{len(size) - 2}d")(tensors[0], leaf, **options)
+            found = torch.autograd.grad(y, leaf, tensors[2])[0]
+        error = ((found.cpu().double() - exact).abs().max() / exact.abs().max()).item()
+        good = plan.family == "grid" and error < TOLERANCE[precision]
+        wrong += not good
+        what = plan.config.describe() if plan.family == "grid" else plan.reason
+        print(f"{'ok' if good else 'WRONG'} {title}, {precision}: error {error:.1e}, {what}", flush=True)
+    return wrong
 
 
 if __name__ == "__main__":

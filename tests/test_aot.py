@@ -291,8 +291,11 @@ def judge(launch, result, target: str):
         # Accumulators go to shared memory by the pair, or in channels_last of 16 bits by the matrix.
         if min(result["to_shared"]) < 4:
             yield f"stores of {result['to_shared']} bytes to shared memory"
-    if launch["kernel"] == "weight_grid" and (not result["bulk"] or result["spills"]):
-        yield "operands by bulk copies, nothing spilled"
+    if launch["kernel"] == "weight_grid":
+        if not result["bulk"] or result["spills"]:
+            yield "operands by bulk copies, nothing spilled"
+        if constants["PARTS"] == 2 and result["added"] != constants["TAPS"]:
+            yield f"{result['added']} sums in fp32, expected one for each of {constants['TAPS']} taps"
     if result["overlaps"] != overlapping(launch):
         yield f"of launches that overlap it has {result['overlaps']}, expected {overlapping(launch)}"
     if constants.get("PRECISION", "ieee") != "ieee" or launch["kernel"] in HOPPER - {"lay_on_grid"}:

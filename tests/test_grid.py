@@ -163,9 +163,9 @@ def test_tiles_fit_and_cover():
                 continue
             found += 1
             tile, spots = chosen.config, grid.spots(case.geometry, problem.batch, problem.input_size)
-            programs, places = 8 // tile.num_warps, spots.places(problem.batch)[0]
-            stage = 4 * grid.PLACES * (tile.inputs + tile.outputs) * PARTS[chosen.precision]
-            assert tile.num_stages >= 2 and programs * tile.num_stages * stage <= 2 * grid.SHARED
+            places = spots.places(problem.batch)[0]
+            stage = 4 * grid.PLACES * (tile.inputs + tile.taps * tile.outputs) * PARTS[chosen.precision]
+            assert 3 <= tile.num_stages <= grid.SHARED // stage
             each, steps = chosen.tiles_per_split, -(-places // grid.PLACES)
             assert (chosen.splits - 1) * each < steps <= chosen.splits * each
             assert each * grid.PLACES <= MOST_SUM + grid.PLACES or chosen.splits * prod(case.weight_shape) > 1 << 25

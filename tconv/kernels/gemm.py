@@ -232,4 +232,4 @@ def weight_gemm(
         acc = matmul(tl.trans(operand(a, PRECISION)), operand(b, PRECISION), acc, PRECISION)
 
     out = partial + ((split.to(tl.int64) * taps + tap) * groups + group) * c_in * c_out
-    tl.store(out + ci[:, None] * c_out + co[None, :], acc, mask=ci_ok[:, None] & co_ok[None, :])
+    tl.store(out + ci.to(tl.int64)[:, None] * c_out + co[None, :], acc, mask=ci_ok[:, None] & co_ok[None, :])

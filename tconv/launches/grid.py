@@ -30,10 +30,11 @@ def backward_weight(noted: Record, chosen: Plan, input, grad_output, partials, g
         for t, n, rows in zip((x, y), places, (tile.inputs, tile.outputs))
     )
     noted.launch(
-        weight_grid, cdiv(c_in, tile.inputs) * cdiv(c_out, tile.outputs) * geometry.taps * chosen.splits,
+        weight_grid, tile.programs(c_in, c_out, geometry.taps) * chosen.splits,
         *described, partials, c_in, c_out, *(a.kernel for a in axes), *strides, *(a.dilation for a in axes), *leads,
         *spots.reached[1:], images, cdiv(places[0], grid.PLACES), chosen.tiles_per_split,
         PARTS=parts,
+        TAPS=tile.taps,
         BLOCK_M=tile.inputs,
         BLOCK_N=tile.outputs,
         BLOCK_K=grid.PLACES,
@@ -54,9 +55,10 @@ def _laid(noted: Record, t, spots: grid.Spots, size, strides, fronts, parts: int
     noted.launch(
         lay_on_grid,
         rows * cdiv(channels, tile.channels) * cdiv(images, tile.images) * cdiv(width, tile.width),
-        t, laid, channels, images, spots.parts, *sizes3(t.shape[2:]), *size, *spots.step, *strides, *fronts, *strides5(t),
+        t, laid, channels, images, *sizes3(t.shape[2:]), *size, *spots.step, *strides, *fronts, *strides5(t),
         SRC_LAYOUT=kind,
         PARTS=parts,
+        LOG=spots.parts.bit_length() - 1,
         BLOCK_C=tile.channels,
         BLOCK_I=tile.images,
         BLOCK_W=tile.width,
