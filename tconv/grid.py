@@ -33,7 +33,7 @@ MOST_ELEMENTS = 1 << 29  # of both copies together: 2 GB
 SHARED = 192 * 1024  # bytes of stages: one program a multiprocessor
 # What an H200 is taken to do: flops a ns of TF32 products by the number of groups of four warps, bytes a ns from the L2 and from memory,
 # us that a step waits for each tap's products, and us of a program's beginning and end.
-RATE, L2, MEMORY, WAIT, ENDS = {1: 220e3, 2: 285e3}, 5000, 2600, 0.05, 2.5
+RATE, L2, MEMORY, WAIT, ENDS = {1: 220e3, 2: 285e3}, 5000, 2600, 0.09, 2.5
 MOST_ROUNDS = 8  # of the GPU, that parts of the sums are tried for
 
 
@@ -152,7 +152,8 @@ class Tile(NamedTuple):
 
 def copied(channels: int, images: int, width: int, channels_last: bool) -> Tile:
     """The tile of 4096 elements, of a copy of so many channels, images (of parts) and places along the width, times phases, that
-    pads least.  Neighbours on the one side and on the other are whole sectors of 32 bytes at least, better 64."""
+    pads least.  Neighbours on the side that is read are whole sectors of 32 bytes at least, better 64; on the side that is written too, but
+    where fewer images pad so much less that it makes up for it."""
     found = []
     for of_images, of_width in product((4, 8, 16, 32), (4, 8, 16, 32, 64, 128, 256)):
         of_channels = 4096 // (of_images * of_width)
@@ -160,5 +161,6 @@ def copied(channels: int, images: int, width: int, channels_last: bool) -> Tile:
             continue
         tile = Tile(of_channels, of_images, of_width)
         padded = prod(cdiv(n, of) * of for n, of in zip((channels, images, width), tile))
-        found.append((padded * (1 + 4 / (of_channels if channels_last else of_width)), -of_width, tile))
+        read, written = of_channels if channels_last else of_width, of_images if images > of_images else 8
+        found.append((padded * (1 + 4 / read) * (1.25 if written < 8 else 1), -of_width, tile))
     return min(found)[2]

@@ -104,14 +104,14 @@ class Gradients:
         )
 
     def __call__(self, grad_output, input, weight, geometry: Geometry) -> list[torch.Tensor]:
-        tensors = grad_output, input, weight
-        copies = (self._before.replay(*tensors) if self._before else self._copy(*tensors))[3:]
+        tensors, before, behind = (grad_output, input, weight), self._before, self._behind
+        copies = (before.replay(*tensors) if before else self._copy(*tensors))[3:]
         made = aten.gradients(copies[0], copies[1], copies[2] if len(copies) > 2 else weight, geometry)
         del copies  # before more is allocated
-        if not self._behind or self._behind[0] != record.facts(*made):
+        if not behind or behind[0] != record.facts(*made):
             return self._lay_back(made)
-        _, which, behind = self._behind
-        for i, t in zip(which, behind.replay(*(made[i] for i in which))[len(which) :]):
+        _, which, noted = behind
+        for i, t in zip(which, noted.replay(*(made[i] for i in which))[len(which) :]):
             made[i] = t
         return made
 

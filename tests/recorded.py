@@ -142,6 +142,12 @@ def main() -> int:
     record.forget()
     launch.target_of = lambda device: replace(target, without=())
     good &= compare("left backward_weight", launch.backward_weight, y.contiguous(), x.contiguous(), geometry)
+    half = [t.contiguous().bfloat16() for t in (y, x, w)]
+    title, both = (
+        "left gradients",
+        lambda *args: torch.cat([t.flatten() for t in launch.gradients(*args, (True, True))]),
+    )
+    good &= compare(title, both, *half, geometry)
     launch.target_of = lambda device: target
     # A hook of Triton's that somebody has set sees repeated launches as well.
     seen: list = []

@@ -42,6 +42,8 @@ GRIDS = {
     "a grid": ((3, 96, 20, 21), (96, 40, 3, 3), dict(stride=2, padding=1, output_padding=1), False),
     "a grid, channels_last": ((2, 64, 5, 9, 16), (64, 64, 2, 2, 2), dict(stride=2), True),
     "a grid, tiles of all channels": ((16, 256, 16, 16), (256, 128, 4, 4), dict(stride=2, padding=1), False),
+    "a grid, two taps a program": ((2, 96, 40, 48), (96, 48, 5, 5), dict(stride=2, padding=2), False),
+    "a grid, four taps a program": ((8, 128, 48, 48), (128, 32, 3, 3), dict(padding=1), False),
 }
 TOLERANCE = {"bf16": 1e-2, "tf32": 2e-3, "fp32": 2e-6}  # of the largest element; what the errors are other tests say
 

@@ -121,6 +121,7 @@ LAYERS = {
     "narrow-fp16-nhwc": (layer(48, 14, 1, (250, 256), 8), FP16, LAST, True),
     "few-tf32-nchw": (layer(192, 3, 5, (256, 384), 1, stride=2, padding=2, output_padding=1), FP32, FIRST, True),
     "five-fp32-nchw": (layer(150, 5, 4, (136, 240), 1, stride=2, padding=1), FP32, FIRST, False),
+    "taps-fp32-nchw": (layer(128, 32, 3, (48, 48), 8, padding=1), FP32, FIRST, False),
     "wide-fp32-nchw": (layer(256, 192, 4, (16, 12), 32, stride=2, padding=1), FP32, FIRST, False),
     "large-bf16-nhwc": (layer(64, 64, 2, (2048, 2048), 16, stride=2), BF16, LAST, True),
     "large-fp32-nchw": (layer(64, 64, 2, (2048, 2048), 16, stride=2), FP32, FIRST, True),

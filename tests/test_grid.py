@@ -106,7 +106,7 @@ def always(monkeypatch):
 def test_random_layers(seed, precision, device, always):
     """Against the oracle, the same bits every time."""
     tensors, options = drawn(seed)
-    if device == "cpu" and seed > (6 if precision == "ieee" else 2):
+    if device == "cpu" and seed not in (3, 6, 8, 10, 18):
         pytest.skip("the interpreter is slow")
     torch.backends.cudnn.conv.fp32_precision = precision
     x, w, grad = (t.to(device, torch.float32) for t in tensors)
@@ -187,6 +187,8 @@ def test_tiles_fit_and_cover():
         ((100, 70, 3, (60, 75), 3), dict(padding=1, dilation=2)),
         ((512, 256, 16, (812,), 1), dict(stride=8, padding=4)),
         ((128, 64, 4, (4000,), 6), dict(stride=2, padding=1)),
+        ((96, 48, 5, (40, 49), 2), dict(stride=2, padding=2)),
+        ((128, 32, 3, (48, 48), 8), dict(padding=1)),
         ((64, 64, 3, (9, 30, 31), 2), dict(stride=2, padding=1)),
         ((32, 64, 3, (16, 32, 32), 8), dict(padding=1)),
         ((64, 32, 2, (24, 24, 24), 4), dict(stride=2)),
