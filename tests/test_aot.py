@@ -248,7 +248,8 @@ def record(target: Target) -> list[dict]:
                     function(*arguments)
                     assert not title.startswith("lies") or "pack_weight" not in [each["kernel"] for each in found]
                 for each in found:
-                    name = f"{title} {function.__name__} {each['kernel']} {len(launches)}"  # a pass may launch one twice
+                    # Numbered: a pass may launch a kernel twice.
+                    name = f"{title} {function.__name__} {each['kernel']} {len(launches)}"
                     kind = json.dumps(each)
                     if target.backend == "cuda":  # for which a small tensor is like any other
                         kind = kind.replace(' DS"', ' D"')
