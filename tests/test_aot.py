@@ -339,6 +339,7 @@ def test_every_kernel_is_listed():
     assert {module: set(kernels(module)) for module in modules} == {m: set(names) for m, names in KERNELS.items()}
 
 
+@pytest.mark.timeout(1500)  # hundreds of kernels: five minutes for sm_90 on two cores, ten beside other work
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("directory", releases())
 def test_compiles_and_fits(directory, target, tmp_path):
