@@ -14,10 +14,8 @@ from . import geometry
 # cuDNN complain of workspaces of 4.7 to 48 GiB.  One split always fits, whatever the weight's size.
 WORKSPACE_ELEMENTS = 1 << 26
 
-PARTS = {
-    "tf32": 1,
-    "tf32x3": 2,
-}  # TF32 values that an fp32 operand becomes where it is copied or packed for a precision
+# TF32 values that an fp32 operand becomes where it is copied or packed for a precision.
+PARTS = {"tf32": 1, "tf32x3": 2}
 
 
 @dataclass(frozen=True)

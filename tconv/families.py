@@ -168,7 +168,7 @@ def left_gradient(asked: Asked) -> Plan | str:
             return Plan("aten", LEFT["ieee_input"]) if not p.tf32 and _ieee_input(p) == "left" else ""
         # At TF32 a copy pays where the gradient of the weight shares it, and costs little by itself where there are strides; but with
         # few products for each element of the gradient cuDNN reads it as it lies (2.5 ps for 64, by what an H200 took).
-        many = p.geometry.groups == 1 and p.c_in * p.geometry.taps > LEFT_READ * prod(p.geometry.stride)
+        many = p.geometry.groups == 1 and p.products_of_output > LEFT_READ
         arranged = arranged and (half or (asked.how == "tf32" and max(p.geometry.stride) > 1 and many))
         return Plan("aten", LEFT[p.direction], arranged=arranged and prod(p.input_size) % piece == 0)
     if p.is_direct:
@@ -473,7 +473,7 @@ def _copied_for_weight(asked: Asked) -> bool:
         return False
     if p.c_in % 4 or p.c_out % 4 or min(p.channels) < IEEE_WEIGHT_CHANNELS:
         return False
-    if p.c_in * p.geometry.taps < IEEE_WEIGHT_READ * prod(p.geometry.stride):
+    if p.products_of_output < IEEE_WEIGHT_READ:
         return False
     return max(_outputs(p), p.pixels * p.c_in) <= shift.MOST_COPIED
 

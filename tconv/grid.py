@@ -114,7 +114,7 @@ def takes(problem, how: str, target: Target) -> bool:
         return False
     if target.backend != "interpreter" and (target.backend, target.arch) != ("cuda", 90):
         return False
-    if min(p.channels) < LEAST_CHANNELS or p.c_in * g.taps < LEAST_PRODUCTS * prod(g.stride):
+    if min(p.channels) < LEAST_CHANNELS or p.products_of_output < LEAST_PRODUCTS:
         return False
     of_input, of_output = spots(g, p.batch, p.input_size).places(p.batch)
     elements = PARTS[how] * (p.c_in * of_input + prod(g.stride) * p.c_out * of_output)

@@ -95,6 +95,11 @@ class Problem:
         return self.pixels
 
     @property
+    def products_of_output(self) -> float:
+        """In how many products an element of the output takes part, on average (without groups)."""
+        return self.c_in * self.geometry.taps / prod(self.geometry.stride)
+
+    @property
     def is_direct(self) -> bool:
         """Whether a tensor core's tile would be mostly padding."""
         return self.geometry.groups > 1 and max(self.channels) <= DIRECT_CHANNELS

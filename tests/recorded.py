@@ -93,6 +93,10 @@ def compare(title, function, *args) -> bool:
     return same and bool(before) and not apart
 
 
+def both_gradients(*args):
+    return torch.cat([t.flatten() for t in launch.gradients(*args, (True, True))])
+
+
 def main() -> int:
     properties = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
     driver.set_active(Driver(GPUTarget("cuda", 90, 32), properties, Launcher))
@@ -143,11 +147,7 @@ def main() -> int:
     launch.target_of = lambda device: replace(target, without=())
     good &= compare("left backward_weight", launch.backward_weight, y.contiguous(), x.contiguous(), geometry)
     half = [t.contiguous().bfloat16() for t in (y, x, w)]
-    title, both = (
-        "left gradients",
-        lambda *args: torch.cat([t.flatten() for t in launch.gradients(*args, (True, True))]),
-    )
-    good &= compare(title, both, *half, geometry)
+    good &= compare("left gradients", both_gradients, *half, geometry)
     launch.target_of = lambda device: target
     # A hook of Triton's that somebody has set sees repeated launches as well.
     seen: list = []

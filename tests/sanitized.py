@@ -56,7 +56,7 @@ def main() -> int:
         others = "few", "columns", "long", "patches", *(() if title in BLOCKS else ("blocks",))
         x, w = torch.randn(size), torch.randn(kernel) / kernel[0] ** 0.5
         exact = ATEN[len(size) - 2](x.double(), w.double(), **options)
-        for precision, tolerance in TOLERANCE.items():
+        for precision in TOLERANCE:
             if precision == "fp32" and title in BLOCKS:
                 continue
             torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -66,12 +66,17 @@ def main() -> int:
             with dispatch.without(*others, "aten"):
                 plan = tconv.explain(*tensors, **options).passes[0].plan
                 y = getattr(tconv, f"conv_transpose{len(size) - 2}d")(*tensors, **options)
-            error = ((y.cpu().double() - exact).abs().max() / exact.abs().max()).item()
-            good = plan.family == family and error < tolerance
-            wrong += not good
-            what = plan.config.describe() if plan.family == family else plan.reason
-            print(f"{'ok' if good else 'WRONG'} {title}, {precision}: error {error:.1e}, {what}", flush=True)
+            wrong += is_wrong(title, precision, plan, family, y, exact)
     return 1 if wrong + sum(map(wrong_gradients, GRIDS)) else 0
+
+
+def is_wrong(title: str, precision: str, plan, family: str, found, exact) -> bool:
+    """Whether a pass ran on another family, or with too large an error; tells it."""
+    error = ((found.cpu().double() - exact).abs().max() / exact.abs().max()).item()
+    good = plan.family == family and error < TOLERANCE[precision]
+    what = plan.config.describe() if plan.family == family else plan.reason
+    print(f"{'ok' if good else 'WRONG'} {title}, {precision}: error {error:.1e}, {what}", flush=True)
+    return not good
 
 
 def wrong_gradients(title: str) -> int:
@@ -90,11 +95,7 @@ def wrong_gradients(title: str) -> int:
             plan = tconv.explain(*tensors[:2], **options).passes[2].plan
             y = getattr(tconv, f"conv_transpose{len(size) - 2}d")(tensors[0], leaf, **options)
             found = torch.autograd.grad(y, leaf, tensors[2])[0]
-        error = ((found.cpu().double() - exact).abs().max() / exact.abs().max()).item()
-        good = plan.family == "grid" and error < TOLERANCE[precision]
-        wrong += not good
-        what = plan.config.describe() if plan.family == "grid" else plan.reason
-        print(f"{'ok' if good else 'WRONG'} {title}, {precision}: error {error:.1e}, {what}", flush=True)
+        wrong += is_wrong(title, precision, plan, "grid", found, exact)
     return wrong
 
 

@@ -10,6 +10,8 @@ import torch
 from oracle import ATEN, assert_no_worse, errors, passes
 from test_aot import layer
 from test_passes import LAST, TCONV
+from test_patches import at_full_size
+from test_shift import HOPPER
 
 import tconv
 from tconv import dispatch, grid
@@ -44,15 +46,13 @@ def drawn(seed):
     if ndim > 1 and draw.random() < 0.5:
         grad = grad.contiguous(memory_format=LAST[input.ndim])
     options = dict(stride=stride, padding=padding, output_padding=output_padding, dilation=dilation)
-    return (input, weight, grad), options
+    return (input, weight, grad), options, geometry
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_products_on_the_grid_are_the_gradient(seed):
     """The copies and the product in plain torch, by the formulas of grid.py; places beyond a grid's end are zero."""
-    (x, w, grad), options = drawn(seed)
-    geometry = Geometry(tuple(w.shape[2:]), *map(tuple, (options["stride"], options["padding"])), (0,), 1, (1,))
-    geometry = replace(geometry, dilation=tuple(options["dilation"]))
+    (x, w, grad), options, geometry = drawn(seed)
     batch, axes = x.shape[0], geometry.axes3
     spots = grid.spots(geometry, batch, x.shape[2:])
     images = batch * spots.parts
@@ -84,8 +84,7 @@ def test_products_on_the_grid_are_the_gradient(seed):
         reach = [k * a.dilation + grid.lead(a) for k, a in zip(tap, axes, strict=True)]
         y = phases[tuple(r % a.stride for r, a in zip(reach, axes, strict=True))]
         behind = [r // a.stride for r, a in zip(reach, axes, strict=True)]
-        d, h, w_ = behind
-        first = ((d * spots.reached[1] + h) * spots.reached[2] + w_) * images
+        first = ((behind[0] * spots.reached[1] + behind[1]) * spots.reached[2] + behind[2]) * images
         seen = torch.nn.functional.pad(y, (0, input.shape[1]))[:, first : first + input.shape[1]]
         torch.testing.assert_close(input @ seen.T, expected[..., t])
 
@@ -105,7 +104,9 @@ def always(monkeypatch):
 @pytest.mark.parametrize("seed", range(24))
 def test_random_layers(seed, precision, device, always):
     """Against the oracle, the same bits every time."""
-    tensors, options = drawn(seed)
+    tensors, options, _ = drawn(seed)
+    if device == "cuda" and not HOPPER:
+        pytest.skip("needs a Hopper GPU")
     if device == "cpu" and seed not in (3, 6, 8, 10, 18):
         pytest.skip("the interpreter is slow")
     torch.backends.cudnn.conv.fp32_precision = precision
@@ -174,6 +175,7 @@ def test_tiles_fit_and_cover():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("precision", ("ieee", "tf32"))
 @pytest.mark.parametrize(
@@ -198,15 +200,8 @@ def test_tiles_fit_and_cover():
 def test_on_a_gpu(args, options, precision, last):
     """At full size, no worse than torch; the same bits every time."""
     torch.backends.cudnn.conv.fp32_precision = precision
-    n = len(args[3])
-    if last and n == 1:
-        pytest.skip("torch has no channels_last in 1-d")
-    batch, c_in, c_out, size, geometry = layer(*args, **options)
-    x = torch.randn(batch, c_in, *size, device="cuda")
-    w = torch.randn(c_in, c_out, *geometry.kernel, device="cuda")
-    grad = torch.randn(batch, c_out, *geometry.output_size(size), device="cuda")
-    if last:
-        x, grad = (t.contiguous(memory_format=LAST[t.ndim]) for t in (x, grad))
+    x, w, grad = at_full_size(layer(*args, **options), torch.float32, last)
+    n = x.ndim - 2
     plan = tconv.explain(x, w, **options).passes[2].plan
     assert plan.family == "grid", plan
     actual, again = (passes(TCONV[n], x, w, None, grad, **options)[2] for _ in range(2))

@@ -127,6 +127,18 @@ def test_which(args, options, dtype, tf32, last, taken):
             assert "one product" in plan.reason and "columns" in plan.config.describe()
 
 
+def at_full_size(layer, dtype, last):
+    """Random (input, weight, grad_output) of a layer, as test_aot.layer has it, on the GPU."""
+    batch, c_in, c_out, size, geometry = layer
+    if last and geometry.ndim == 1:
+        pytest.skip("torch has no channels_last in 1-d")
+    shapes = (batch, c_in, *size), (c_in, c_out, *geometry.kernel), (batch, c_out, *geometry.output_size(size))
+    x, w, grad = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    if last:
+        x, grad = (t.contiguous(memory_format=LAST[t.ndim]) for t in (x, grad))
+    return x, w, grad
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("precision", ("ieee", "tf32", "float16", "bfloat16"))
@@ -146,16 +158,8 @@ def test_which(args, options, dtype, tf32, last, taken):
 def test_on_a_gpu(args, options, precision, last, always):
     """At full size, no worse than torch; the same bits every time."""
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    dtype = getattr(torch, precision, torch.float32)
-    batch, c_in, c_out, size, geometry = layer(*args, **options)
-    n = geometry.ndim
-    if last and n == 1:
-        pytest.skip("torch has no channels_last in 1-d")
-    x = torch.randn(batch, c_in, *size, device="cuda").to(dtype)
-    w = torch.randn(c_in, c_out, *geometry.kernel, device="cuda").to(dtype)
-    grad = torch.randn(batch, c_out, *geometry.output_size(size), device="cuda").to(dtype)
-    if last:
-        x, grad = (t.contiguous(memory_format=LAST[t.ndim]) for t in (x, grad))
+    x, w, grad = at_full_size(layer(*args, **options), getattr(torch, precision, torch.float32), last)
+    n = x.ndim - 2
     plan = tconv.explain(x, w, **options).passes[2].plan
     assert plan.family == "patches", plan
     actual, again = (passes(TCONV[n], x, w, None, grad, **options)[2] for _ in range(2))
