@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from . import blocks, columns, configs, few, grid, long, patches, shift
+from . import blocks, columns, configs, few, grid, long, patches, rows, shift
 from .configs import Target, cdiv, power_of_two
 from .geometry import sizes3
 from .problem import HALF, TF32_PRODUCTS, Plan, Problem
@@ -208,6 +208,14 @@ def _batch_parts(problem: Problem) -> int:
     most = min(problem.batch, MOST_LEFT_PARTS)
     least = min(most, cdiv(problem.pixels, LEFT_PRODUCTS))
     return next((n for n in range(least, most + 1) if problem.batch % n == 0), least)
+
+
+def by_rows(asked: Asked) -> Plan | str:
+    """The row kernel, for a forward pass of few output channels."""
+    if asked.without("rows") or not rows.takes(asked.problem, asked.how, asked.target):
+        return ""
+    why = f"{asked.why}: so few that all taps are one product"
+    return Plan("rows", why, asked.how, rows.choose(asked.problem, asked.target))
 
 
 def few_outputs(asked: Asked) -> Plan | str:
@@ -515,6 +523,7 @@ def _gather_gemm(asked: Asked) -> tuple[configs.Config, int]:
 
 
 FAMILIES: tuple[Callable[[Asked], Plan | str], ...] = (
+    by_rows,
     few_outputs,
     few_channels,
     few_outputs_gradient,

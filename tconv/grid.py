@@ -26,13 +26,27 @@ PLACES = 32  # of a step along the sums: 128 bytes, a swizzled row
 LEAST_CHANNELS = 32  # on both sides: below, most of the tensor core's tile is padding
 LEAST_PLACES = 64  # of a grid, which copies and launches of their own are worth
 MOST_PLACES_A_PIXEL = 2  # zeros around rows, and parts of images that do not come out even
-# Products for each element of the output's gradient: of k1 s2 or k3 s5 most of it would be copied for nothing.
-LEAST_PRODUCTS = 32
+# Products for each element of the output's gradient.  Below, copies take longer than what they save, of channels_last, which the portable
+# kernel reads well, sooner (H200, ten layers each: 64 products 1.05 times its speed in NCHW, 0.67 in channels_last; 128 1.08 there).
+LEAST_PRODUCTS, LEAST_PRODUCTS_LAST = 64, 128
 MOST_ELEMENTS = 1 << 29  # of both copies together: 2 GB
-SHARED = 192 * 1024  # bytes of stages: one program a multiprocessor
-# What an H200 is taken to do: flops a ns of TF32 products by the number of groups of four warps, bytes a ns from the L2 and from memory,
-# us that a step waits for each tap's products, and us of a program's beginning and end.
-RATE, L2, MEMORY, WAIT, ENDS = {1: 220e3, 2: 285e3}, 5000, 2600, 0.09, 2.5
+SHARED = 192 * 1024  # bytes of stages that a multiprocessor has
+# (input channels, output channels, taps) of a tile: how many programs a multiprocessor has, and the ns of a step of all of them, as an H200
+# took them in IEEE fp32; several taps read the input's part once.
+TILES = {
+    (128, 128, 1): (1, 1300),
+    (64, 128, 1): (1, 730),
+    (128, 64, 1): (1, 780),
+    (128, 64, 2): (1, 1480),
+    (64, 64, 1): (2, 755),
+    (64, 64, 2): (2, 1480),
+    (64, 32, 1): (2, 480),
+    (64, 32, 2): (2, 947),
+    (64, 32, 4): (1, 1450),
+}
+TF32 = 0.4  # of that time, at TF32 (not measured)
+# Bytes a ns that are read for the first time, and again; written; and us of a program's beginning and end.
+STREAMED, SHARED_READS, WRITTEN, ENDS = 4000, 12500, 2600, 2.5
 MOST_ROUNDS = 8  # of the GPU, that parts of the sums are tried for
 
 
@@ -90,21 +104,14 @@ class Grid:
         """How many tiles a part of the sums has."""
         return cdiv(c_in, self.inputs) * cdiv(c_out, self.outputs) * cdiv(taps, self.taps)
 
-    def step(self, parts: int, processors: int) -> float:
-        """Microseconds of a step, in which all multiprocessors read from the L2; parts: TF32 values of an element."""
-        flops = 2 * PLACES * self.inputs * self.outputs * self.taps * (3 if parts == 2 else 1)
-        read = _stage(self.inputs, self.outputs * self.taps, parts)
-        return processors * max(flops / RATE[self.num_warps // 4], read / L2) / 1e3 + WAIT * self.taps
+    def stage(self, parts: int) -> int:
+        """Bytes that a step brings in; parts: TF32 values of an element."""
+        return 4 * PLACES * parts * (self.inputs + self.outputs * self.taps)
 
 
-def _stage(inputs: int, outputs: int, parts: int) -> int:
-    """Bytes that a step brings in."""
-    return 4 * PLACES * parts * (inputs + outputs)
-
-
-def _tiles(parts: int) -> list[Grid]:
-    sizes = [(m, n, t) for m in (64, 128) for n in (32, 64, 128) for t in (1, 2, 4) if n * t <= 128]
-    return [Grid(m, n, t, min(4, SHARED // _stage(m, n * t, parts))) for m, n, t in sizes]
+def _tile(size: tuple[int, int, int], parts: int) -> Grid:
+    stages = SHARED // TILES[size][0] // Grid(*size, 0).stage(parts)
+    return Grid(*size, min(4, stages))
 
 
 def takes(problem, how: str, target: Target) -> bool:
@@ -114,7 +121,8 @@ def takes(problem, how: str, target: Target) -> bool:
         return False
     if target.backend != "interpreter" and (target.backend, target.arch) != ("cuda", 90):
         return False
-    if min(p.channels) < LEAST_CHANNELS or p.products_of_output < LEAST_PRODUCTS:
+    least = LEAST_PRODUCTS_LAST if p.channels_last else LEAST_PRODUCTS
+    if min(p.channels) < LEAST_CHANNELS or p.products_of_output < least:
         return False
     of_input, of_output = spots(g, p.batch, p.input_size).places(p.batch)
     elements = PARTS[how] * (p.c_in * of_input + prod(g.stride) * p.c_out * of_output)
@@ -124,19 +132,23 @@ def takes(problem, how: str, target: Target) -> bool:
 def choose(problem, how: str, target: Target) -> tuple[Grid, int, int]:
     """The tile, into how many parts the sums over places are cut, and how many steps each has, by the least estimated time."""
     p, taps, parts = problem, problem.geometry.taps, PARTS[how]
-    places = spots(p.geometry, p.batch, p.input_size).places(p.batch)[0]
-    steps, weights, processors = cdiv(places, PLACES), taps * p.c_in * p.c_out, target.processors
+    places = spots(p.geometry, p.batch, p.input_size).places(p.batch)
+    steps, weights = cdiv(places[0], PLACES), taps * p.c_in * p.c_out
+    once = 4 * parts * (p.c_in * places[0] + prod(p.geometry.stride) * p.c_out * places[1])
     # No accumulator runs over more than MOST_SUM places where the workspace allows.
     most = max(1, min(steps, WORKSPACE_ELEMENTS // weights))
-    least = min(most, cdiv(places, MOST_SUM))
+    least = min(most, cdiv(places[0], MOST_SUM))
     found = []
-    for tile in _tiles(parts):
-        programs = tile.programs(p.c_in, p.c_out, taps)
+    for size, (resident, ns) in TILES.items():
+        tile, slots = _tile(size, parts), resident * target.processors
+        programs, step = tile.programs(p.c_in, p.c_out, taps), ns / 1e3 * (1 if parts == 2 else TF32)
+        again = max(0, programs * steps * tile.stage(parts) - once)
+        reading = (once / STREAMED + again / SHARED_READS) / 1e3
         for rounds in range(1, MOST_ROUNDS + 1):
-            each = cdiv(steps, min(most, max(least, rounds * processors // programs)))
+            each = cdiv(steps, min(most, max(least, rounds * slots // programs)))
             count = cdiv(steps, each)
-            time = cdiv(programs * count, processors) * (each * tile.step(parts, processors) + ENDS)
-            found.append((time + 8 * count * weights / MEMORY / 1e3, count, each, tile))
+            time = max(reading, cdiv(programs * count, slots) * (each * step + ENDS))
+            found.append((time + 8 * count * weights / WRITTEN / 1e3, count, each, tile))
     _, count, each, tile = min(found, key=lambda choice: choice[:2])
     return tile, count, each
 

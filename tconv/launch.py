@@ -12,7 +12,7 @@ from . import aten, configs, left, record
 from .configs import cdiv
 from .dispatch import allow_tf32, decide, flags, target_of, unsupported
 from .geometry import Geometry
-from .launches import blocks, columns, few, gemm, grid, long, patches, shift
+from .launches import blocks, columns, few, gemm, grid, long, patches, rows, shift
 from .launches.common import accumulator, of_partials
 from .launches.sums import sum_partials
 from .layouts import is_large, layout, memory_format, order, strides5, suggested, vector
@@ -80,6 +80,8 @@ def forward(input, weight, bias, geometry: Geometry) -> torch.Tensor:
     with on_device(input):
         if chosen.family == "few":
             few.gather(noted, chosen, target, *tensors, geometry, True)
+        elif chosen.family == "rows":
+            rows.forward(noted, chosen, target, *tensors, geometry)
         elif chosen.family == "columns":
             columns.forward(noted, chosen, *tensors, geometry)
         elif chosen.family == "blocks":

@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from . import blocks, columns, few, grid, long, patches, shift
+from . import blocks, columns, few, grid, long, patches, rows, shift
 from .configs import Config, Target
 from .geometry import Geometry
 
@@ -107,7 +107,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision: the kernel family ("few", "columns", "long", "patches", "grid", "blocks", "shift", "gemm", "direct" or "aten"), its configuration and
+    """A decision: the kernel family ("few", "rows", "columns", "long", "patches", "grid", "blocks", "shift", "gemm", "direct" or "aten"), its configuration and
     the reason."""
 
     family: str
@@ -116,6 +116,7 @@ class Plan:
     config: (
         Config
         | few.Few
+        | rows.Rows
         | columns.Columns
         | columns.WeightColumns
         | long.Phases

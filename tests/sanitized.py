@@ -37,6 +37,11 @@ BLOCKS = {
     "blocks, several rows in a box": ((2, 72, 10, 16, 8), (72, 40, 2, 2, 2), dict(stride=2), False),
     "blocks, rows beside the end of a box": ((4, 64, 24, 60), (64, 32, 4, 4), dict(stride=4), True),
 }
+# Those of the row kernel, whose blocks write to global memory what their other threads read.
+STRIPS = {
+    "strips of rows": ((1, 128, 192, 352), (128, 3, 5, 5), dict(stride=2, padding=2, output_padding=1), False),
+    "strips of rows, channels_last": ((4, 64, 131, 130), (64, 2, 4, 4), dict(stride=2, padding=1), True),
+}
 # Weights' gradients on a grid, in fp32.
 GRIDS = {
     "a grid": ((3, 96, 20, 21), (96, 40, 3, 3), dict(stride=2, padding=1, output_padding=1), False),
@@ -51,13 +56,13 @@ TOLERANCE = {"bf16": 1e-2, "tf32": 2e-3, "fp32": 2e-6}  # of the largest element
 def main() -> int:
     torch.manual_seed(0)
     wrong = 0
-    for title, (size, kernel, options, last) in (LAYERS | BLOCKS).items():
-        family = "blocks" if title in BLOCKS else "shift"
-        others = "few", "columns", "long", "patches", *(() if title in BLOCKS else ("blocks",))
+    for title, (size, kernel, options, last) in (LAYERS | BLOCKS | STRIPS).items():
+        family = "blocks" if title in BLOCKS else "rows" if title in STRIPS else "shift"
+        others = [name for name in ("few", "rows", "columns", "long", "patches", "blocks") if name != family]
         x, w = torch.randn(size), torch.randn(kernel) / kernel[0] ** 0.5
         exact = ATEN[len(size) - 2](x.double(), w.double(), **options)
         for precision in TOLERANCE:
-            if precision == "fp32" and title in BLOCKS:
+            if precision == "fp32" and family != "shift":
                 continue
             torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
             form = FORMATS[len(size)] if last else torch.contiguous_format

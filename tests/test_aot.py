@@ -35,6 +35,7 @@ KERNELS = {
     "long": ("gather_phases", "input_columns"),
     "patches": ("patch_weight",),
     "grid": ("lay_on_grid", "weight_grid"),
+    "rows": ("column_rows",),
     "reduce": ("sum_partials", "sum_splits", "sum_pixels"),
     "blocks": ("blocks_forward",),
     "shift": ("shift",),

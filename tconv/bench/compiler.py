@@ -33,9 +33,10 @@ class Utils:
         pass
 
 
-def launching_nothing(real: type | None = None) -> type:
-    """A class whose instances, of compiled kernels, launch nothing.  real: the driver's own, which under some releases of Triton
-    compiles code for the host when it is made."""
+def launching_nothing(driver: Any = None) -> type:
+    """A class whose instances, of compiled kernels, launch nothing.  driver: the real one, whose launchers compile code for the host
+    under Triton 3.6, so that each is made; later ones have one way to launch (`utils.launch`) for all kernels."""
+    real = None if driver is None or hasattr(driver.utils, "launch") else driver.launcher_cls
 
     class Launcher:
         def __init__(self, source, metadata):

@@ -38,7 +38,7 @@ def compile_kernels(told: Iterable[str], say) -> None:
 
     target, real = dispatch.target_of(torch.device("cuda", 0)), driver.active
     device = real.get_current_target(), real.utils.get_device_properties(0)
-    compiler.stand_in(target, compiler.Driver(*device, compiler.launching_nothing(real.launcher_cls)))
+    compiler.stand_in(target, compiler.Driver(*device, compiler.launching_nothing(real)))
     say(ready=True)
     for task in tasks_told(told):
         note = ""

@@ -10,38 +10,47 @@ import triton.language as tl
 from .common import narrow, widen
 
 
-@triton.jit
-def _sum(partial, i, size, splits, to, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum over splits of partial[split, i], i < size, as `to` holds it; ROWS splits side by side."""
+@triton.jit(do_not_specialize="splits taps columns c_out kh kw g_i g_o g_d g_h g_w".split())
+def sum_partials(
+    partial, grad, splits, taps, columns, c_out, kh, kw, g_i, g_o, g_d, g_h, g_w,
+    DENSE: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad[ci, co, kd, kh, kw] = sum over splits of partial[split, tap, ci, co], ROWS splits side by side.
+
+    A program has TAPS taps of BLOCK columns, the pairs of channels.  DENSE: grad has a pair's taps side by side, one pair after
+    the other.
+    """
+    size = taps.to(tl.int64) * columns
+    sets = tl.cdiv(taps, TAPS)
+    tap = tl.program_id(0) % sets * TAPS + tl.arange(0, TAPS)
+    column = tl.program_id(0) // sets * BLOCK + tl.arange(0, BLOCK)
+    ok = (tap < taps)[:, None] & (column < columns)[None, :]
+    at = tap.to(tl.int64)[:, None] * columns + column[None, :]
+    row = tl.arange(0, ROWS)[:, None, None]
+    acc = tl.zeros((ROWS, TAPS, BLOCK), tl.float64)
+    for first in range(0, splits, ROWS):
+        there = (first + row < splits) & ok[None, :, :]
+        acc += tl.load(partial + (first + row) * size + at[None, :, :], mask=there, other=0.0).to(tl.float64)
+    if DENSE:
+        out = column.to(tl.int64)[None, :] * taps + tap[:, None]
+    else:
+        ci = (column // c_out).to(tl.int64)
+        of_tap = tap // (kh * kw) * g_d + tap // kw % kh * g_h + tap % kw * g_w
+        out = (ci * g_i + column % c_out * g_o)[None, :] + of_tap[:, None]
+    tl.store(grad + out, narrow(tl.sum(acc, 0), grad.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["count", "splits"])
+def sum_splits(partial, total, count, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """total[i] = sum over splits of partial[split, i], i < count; ROWS splits side by side."""
+    size = count.to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, ROWS)[:, None]
     acc = tl.zeros((ROWS, BLOCK), tl.float64)
     for first in range(0, splits, ROWS):
         there = (first + row < splits) & (i < size)[None, :]
         acc += tl.load(partial + (first + row) * size + i[None, :], mask=there, other=0.0).to(tl.float64)
-    return narrow(tl.sum(acc, 0), to.dtype.element_ty)
-
-
-@triton.jit(do_not_specialize="splits taps columns c_out kh kw g_i g_o g_d g_h g_w".split())
-def sum_partials(
-    partial, grad, splits, taps, columns, c_out, kh, kw, g_i, g_o, g_d, g_h, g_w,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """grad[ci, co, kd, kh, kw] = sum over splits of partial[split, tap, ci, co]."""
-    size = taps.to(tl.int64) * columns
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tap = i // columns
-    ci = i % columns // c_out
-    co = i % c_out
-    out = ci * g_i + co * g_o + tap // (kh * kw) * g_d + tap // kw % kh * g_h + tap % kw * g_w
-    tl.store(grad + out, _sum(partial, i, size, splits, grad, ROWS, BLOCK), mask=i < size)
-
-
-@triton.jit(do_not_specialize=["count", "splits"])
-def sum_splits(partial, total, count, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """total[i] = sum over splits of partial[split, i], i < count."""
-    size = count.to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(total + i, _sum(partial, i, size, splits, total, ROWS, BLOCK), mask=i < size)
+    tl.store(total + i, narrow(tl.sum(acc, 0), total.dtype.element_ty), mask=i < size)
 
 
 @triton.jit(do_not_specialize="images channels pixels per_split".split())

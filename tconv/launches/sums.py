@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..configs import cdiv
+from ..configs import cdiv, power_of_two
 from ..record import Record
 from .common import of_partials
 
@@ -41,7 +41,16 @@ def sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:
 
     splits, taps, columns = partials.shape
     _, kh, kw = (a.kernel for a in axes) if axes else (1, 1, 1)
-    rows, block = _sums(taps * columns, splits)
-    sizes = splits, taps, columns, c_out, kh, kw
-    programs = cdiv(taps * columns, block)
-    noted.launch(reduce.sum_partials, programs, partials, grad, *sizes, *strides, ROWS=rows, BLOCK=block)
+    rows, results = _sums(taps * columns, splits)
+    dense = tuple(strides) == (c_out * taps, taps, kh * kw, kw, 1)
+    # Of a dense gradient a program writes whole runs of taps.
+    of_taps = power_of_two(taps, 1, 16) if dense and rows == 1 else 1
+    block = results // of_taps
+    noted.launch(
+        reduce.sum_partials, cdiv(taps, of_taps) * cdiv(columns, block),
+        partials, grad, splits, taps, columns, c_out, kh, kw, *strides,
+        DENSE=dense,
+        ROWS=rows,
+        TAPS=of_taps,
+        BLOCK=block,
+    )  # fmt: skip
