@@ -69,7 +69,7 @@ FORCE:
 # first.  And the drawing of the shift kernel, from its code.
 OTHERS := $(patsubst %,benchmarks/results/%,forward-fp32-a632b72.json.partial \
 	$(addsuffix .json,forward-fp16-fp32 forward-fp16-fp32-1d3d4d2 gradients-fp16-fp32 gradients-tf32-bf16-8c30bf7 gradients-tf32-bf16-8cc5921))
-PUBLISHED := benchmarks/results/forward-tf32-bf16-c504543.json $(wildcard $(RESULTS)) $(OTHERS)
+PUBLISHED := $(patsubst %,benchmarks/results/%,forward-few-4669f91.json gradients-fp32-4669f91.json.partial forward-tf32-bf16-c504543.json) $(wildcard $(RESULTS)) $(OTHERS)
 report: $(VENV)/.installed
 	$(BIN)/python -m tconv.bench report $(PUBLISHED) --summary --into README.md
 	$(BIN)/python -m tconv.bench report $(PUBLISHED) --plots docs/figures --into docs/benchmarks.md

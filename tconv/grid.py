@@ -29,7 +29,7 @@ MOST_PLACES_A_PIXEL = 2  # zeros around rows, and parts of images that do not co
 # Products for each element of the output's gradient.  Below, copies take longer than what they save, of channels_last, which the portable
 # kernel reads well, sooner (H200, ten layers each: 64 products 1.05 times its speed in NCHW, 0.67 in channels_last; 128 1.08 there).
 LEAST_PRODUCTS, LEAST_PRODUCTS_LAST = 64, 128
-MOST_ELEMENTS = 1 << 29  # of both copies together: 2 GB
+MOST_ELEMENTS = 1 << 30  # of both copies together: 4 GB
 SHARED = 192 * 1024  # bytes of stages that a multiprocessor has
 # (input channels, output channels, taps) of a tile: how many programs a multiprocessor has, and the ns of a step of all of them, as an H200
 # took them in IEEE fp32; several taps read the input's part once.
