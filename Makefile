@@ -45,7 +45,7 @@ gpu-test:
 # The kernels are compiled before any tool watches, so that the three may run side by side (make -j3 sanitize).
 sanitize: $(patsubst %,benchmarks/results/sanitizer-%.txt,memcheck racecheck initcheck)
 compiled-for-sanitizers:
-	$(PYTHON) tests/sanitized.py
+	seq 0 11 | xargs -P 12 -I{} $(PYTHON) tests/sanitized.py {} 12
 benchmarks/results/sanitizer-%.txt: compiled-for-sanitizers FORCE
 	compute-sanitizer --tool $* --show-backtrace no $(if $(filter memcheck,$*),--report-api-errors no) --kernel-regex kns=tconv --error-exitcode 1 $(PYTHON) tests/sanitized.py > $@ 2>&1
 

@@ -64,8 +64,8 @@ def _is_plain(t: torch.Tensor) -> bool:
     return (default or own is torch._C._disabled_torch_function_impl) and not is_traceable_wrapper_subclass(t)
 
 
-HOPPER = "blocks", "grid", "shift"  # the families that other GPUs do not have
-LEFT_OUT = "few", "rows", "columns", "long", "patches", *HOPPER, "aten"  # what `without` takes
+HOPPER = "blocks", "grid", "rows", "shift"  # the families that other GPUs do not have
+LEFT_OUT = "few", "columns", "long", "patches", *HOPPER, "aten"  # what `without` takes
 _without: tuple[str, ...] = ()  # what `without` says
 
 
@@ -74,7 +74,7 @@ def without(*families: str) -> Iterator[None]:
     """Inside, in every thread, `plan` does without some families, to measure or test the others.  An inner one replaces
     what an outer one says; threads should not have different ones at a time.
 
-    families: of "few", "rows", "columns", "long", "patches", "blocks", "grid", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
+    families: of "few", "columns", "long", "patches", "blocks", "grid", "rows", "shift" and "aten".  What no kernel of tconv can do is left to aten all the same.
     """
     global _without
     if unknown := [name for name in families if name not in LEFT_OUT]:

@@ -43,7 +43,7 @@ KERNELS = {
     "copies": ("arrange",),
 }
 # Kernels that a target does not run: gradients are left to cuDNN alone, and AMD's compiler has no product in three parts.
-HOPPER = {"blocks_forward", "shift", "probe", "lay_on_grid", "weight_grid"}
+HOPPER = {"blocks_forward", "shift", "probe", "lay_on_grid", "weight_grid", "column_rows"}
 ELSEWHERE = {"sm_90": set(), "gfx942": {*HOPPER, "arrange", "patch_weight"}}
 # name: (Target, aot.py's arguments, shared memory a block in bytes).  Tiles for sm_80 also serve sm_86 and sm_89.
 TARGETS = {

@@ -267,7 +267,7 @@ def test_without(device):
     """without() holds in every thread, for new kinds of calls and for known ones, and ends."""
     with (
         pytest.raises(
-            ValueError, match="expected few, rows, columns, long, patches, blocks, grid, shift or aten, got 'gemm'"
+            ValueError, match="expected few, columns, long, patches, blocks, grid, rows, shift or aten, got 'gemm'"
         ),
         dispatch.without("gemm"),
     ):
