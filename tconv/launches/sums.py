@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..configs import cdiv, power_of_two
+from ..layouts import order_of
 from ..record import Record
 from .common import of_partials
 
 FEW_SUMS = 1 << 17  # results of a second stage
+MANY_SPLITS = 16
 
 
 def partial_sums(noted: Record, result: torch.Tensor, splits: int) -> torch.Tensor:
@@ -33,7 +35,9 @@ def sum_splits(noted: Record, partial: torch.Tensor, result: torch.Tensor) -> No
 def _sums(count: int, splits: int) -> tuple[int, int]:
     """(splits, results) that a program of kernels.reduce adds side by side: of few results one program would go through
     hundreds of splits one after the other (64 channels of k4, 512 splits: 0.15 ms)."""
-    return (1, 1024) if count > FEW_SUMS else (8 if splits <= 8 else 128, 32)
+    if count > FEW_SUMS:
+        return (1, 1024) if splits <= MANY_SPLITS else (8, 128)
+    return 8 if splits <= 8 else 128, 32
 
 
 def sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:
@@ -42,8 +46,11 @@ def sum_partials(noted: Record, partials, grad, strides, c_out, axes) -> None:
     splits, taps, columns = partials.shape
     _, kh, kw = (a.kernel for a in axes) if axes else (1, 1, 1)
     rows, results = _sums(taps * columns, splits)
-    dense = tuple(strides) == (c_out * taps, taps, kh * kw, kw, 1)
     # Of a dense gradient a program writes whole runs of taps.
+    kernel = [a.kernel for a in axes or ()]
+    dense = (
+        bool(axes) and strides[0] in (0, c_out * taps) and order_of(strides[1], strides[2:], c_out, kernel) == "taps"
+    )
     of_taps = power_of_two(taps, 1, 16) if dense and rows == 1 else 1
     block = results // of_taps
     noted.launch(
