@@ -214,8 +214,8 @@ def by_rows(asked: Asked) -> Plan | str:
     """The row kernel, for a forward pass of few output channels."""
     if asked.without("rows") or not rows.takes(asked.problem, asked.how, asked.target):
         return ""
-    why = f"{asked.why}: so few that all taps are one product"
-    return Plan("rows", why, asked.how, rows.choose(asked.problem, asked.target))
+    tile = rows.choose(asked.problem, asked.target)
+    return Plan("rows", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
 
 
 def few_outputs(asked: Asked) -> Plan | str:

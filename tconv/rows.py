@@ -12,14 +12,14 @@ from .configs import Target, cdiv, power_of_two
 from .geometry import Axis, Geometry, sizes3
 
 # What an H200 took in less time than any other kernel: few columns, pairs of a tap and an output channel, which are one tile's, of wide images.
-# Of small ones (32x32, 64 to 3 channels k4 s2) strips have too little of their own; from 5 output channels on, and in 1-d, the shift kernel
-# is as fast.
+# Of small ones (32x32, 64 to 3 channels k4 s2) strips have too little of their own; with 5 output channels, and in 1-d, the shift kernel was
+# as fast (4 were not tried).
 FEW_OUT = 3
 LEAST_COLUMNS, MOST_COLUMNS = 17, 128
-LEAST_CHANNELS = 32  # a tile's depth
+LEAST_CHANNELS = 32
 LEAST_WIDTH, LEAST_PIXELS = 96, 1 << 16  # of the input's image, and of its whole batch
 MOST_BACK = 16  # inputs along the width that a position needs before its own
-RINGS = 40 << 20  # bytes, in the L2
+RINGS = 40 << 20  # bytes of all programs' rings, in the L2
 PIXELS, WARPS = 128, 4  # of a step
 
 
@@ -96,11 +96,15 @@ def takes(problem, how: str, target: Target) -> bool:
         return False
     if p.c_out > FEW_OUT or not LEAST_COLUMNS <= p.c_out * g.taps <= MOST_COLUMNS or p.c_in < LEAST_CHANNELS:
         return False
-    return p.input_size[-1] >= LEAST_WIDTH and p.pixels >= LEAST_PIXELS and back(g.axes[-1]) < MOST_BACK
+    if any(a.kernel < a.stride for a in g.axes):  # code for phases without taps would be most of it
+        return False
+    if min(g.output_size(p.input_size)) == 0 or back(g.axes[-1]) >= MOST_BACK:
+        return False
+    return p.input_size[-1] >= LEAST_WIDTH and p.pixels >= LEAST_PIXELS
 
 
-def choose(problem, target: Target) -> Rows:
-    """The tile by which the busiest program has the fewest steps."""
+def choose(problem, target: Target) -> Rows | None:
+    """The tile by which the busiest program has the fewest steps, of those whose rings stay in the L2; None where there is none."""
     p, g, size, half = problem, problem.geometry, sizes3(problem.input_size), problem.dtype.itemsize == 2
     _, tall, wide = g.axes3
     (_, rows_q), (_, width_q) = (reached(g, size, axis) for axis in (1, 2))
@@ -116,9 +120,10 @@ def choose(problem, target: Target) -> Rows:
         strips = p.batch * cdiv(width_q, inner(wide, width, piece))
         steps = cdiv(rows_q, rows)
         each = cdiv(steps, max(1, min(steps, slots // strips)))
-        chunks, ring = cdiv(steps, each), power_of_two(rows + back(tall), 1, 1 << 16)
+        chunks, ring = cdiv(steps, each), power_of_two(rows + back(tall), 1, 1 << 30)
         early = warm(tall, rows) // rows if chunks > 1 or tall.padding >= tall.stride else 0
+        if 4 * slots * p.c_out * g.taps * ring * width > RINGS:
+            continue
         tile = Rows(rows, width, columns, channels, ring, chunks, each * rows, piece, of_tile)
-        spilled = 4 * slots * p.c_out * g.taps * ring * width > RINGS
-        found.append((spilled, cdiv(strips * chunks, slots) * (each + early), -width, tile))
-    return min(found, key=lambda choice: choice[:3])[3]
+        found.append((cdiv(strips * chunks, slots) * (each + early), -width, tile))
+    return min(found, key=lambda choice: choice[:2])[2] if found else None

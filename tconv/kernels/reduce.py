@@ -23,20 +23,23 @@ def sum_partials(
     size = taps.to(tl.int64) * columns
     sets = tl.cdiv(taps, TAPS)
     tap = tl.program_id(0) % sets * TAPS + tl.arange(0, TAPS)
-    column = tl.program_id(0) // sets * BLOCK + tl.arange(0, BLOCK)
+    first = (tl.program_id(0) // sets).to(tl.int64) * BLOCK
+    column = first + tl.arange(0, BLOCK)
     ok = (tap < taps)[:, None] & (column < columns)[None, :]
     at = tap.to(tl.int64)[:, None] * columns + column[None, :]
     row = tl.arange(0, ROWS)[:, None, None]
     acc = tl.zeros((ROWS, TAPS, BLOCK), tl.float64)
-    for first in range(0, splits, ROWS):
-        there = (first + row < splits) & ok[None, :, :]
-        acc += tl.load(partial + (first + row) * size + at[None, :, :], mask=there, other=0.0).to(tl.float64)
+    for split in range(0, splits, ROWS):
+        there = (split + row < splits) & ok[None, :, :]
+        acc += tl.load(partial + (split + row) * size + at[None, :, :], mask=there, other=0.0).to(tl.float64)
     if DENSE:
-        out = column.to(tl.int64)[None, :] * taps + tap[:, None]
+        out = column[None, :] * taps + tap[:, None]
     else:
-        ci = (column // c_out).to(tl.int64)
-        of_tap = tap // (kh * kw) * g_d + tap // kw % kh * g_h + tap % kw * g_w
-        out = (ci * g_i + column % c_out * g_o)[None, :] + of_tap[:, None]
+        # Divided in 32 bits, which takes a quarter of the time of 64.
+        co = (first % c_out).to(tl.int32) + tl.arange(0, BLOCK)
+        of_pair = (first // c_out + co // c_out) * g_i + (co % c_out).to(tl.int64) * g_o
+        of_axis = (tap // (kh * kw)).to(tl.int64) * g_d + (tap // kw % kh).to(tl.int64) * g_h
+        out = of_pair[None, :] + (of_axis + (tap % kw).to(tl.int64) * g_w)[:, None]
     tl.store(grad + out, narrow(tl.sum(acc, 0), grad.dtype.element_ty), mask=ok)
 
 

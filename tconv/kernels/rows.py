@@ -2,8 +2,8 @@
 the input once, and what of them each output sums (col2im) is added before it leaves the L2.
 
 A program walks down a strip of the input.  At each step it multiplies some rows, puts their columns into a ring of its own, of the
-last rows, and adds up the outputs that these rows complete.  The ring is global memory, a few MB for the whole GPU, so
-that any taps, strides and sizes can be read from it.
+last rows, and adds up the outputs that these rows complete.  The ring is global memory, at most 40 MB for the whole GPU
+(rows.RINGS), since it is read at places that shared memory, in Triton, cannot be read at.
 """
 
 import triton
