@@ -46,7 +46,7 @@ TILES = {
 }
 TF32 = 0.4  # of that time, at TF32 (not measured)
 # Bytes a ns that are read for the first time, and again; written; and us of a program's beginning and end.
-STREAMED, SHARED_READS, WRITTEN, ENDS = 4000, 12500, 2600, 2.5
+READ_FIRST, READ_AGAIN, WRITTEN, ENDS = 4000, 12500, 2600, 2.5
 MOST_ROUNDS = 8  # of the GPU, that parts of the sums are tried for
 
 
@@ -143,7 +143,7 @@ def choose(problem, how: str, target: Target) -> tuple[Grid, int, int]:
         tile, slots = _tile(size, parts), resident * target.processors
         programs, step = tile.programs(p.c_in, p.c_out, taps), ns / 1e3 * (1 if parts == 2 else TF32)
         again = max(0, programs * steps * tile.stage(parts) - once)
-        reading = (once / STREAMED + again / SHARED_READS) / 1e3
+        reading = (once / READ_FIRST + again / READ_AGAIN) / 1e3
         for rounds in range(1, MOST_ROUNDS + 1):
             each = cdiv(steps, min(most, max(least, rounds * slots // programs)))
             count = cdiv(steps, each)

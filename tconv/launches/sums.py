@@ -10,7 +10,7 @@ from ..record import Record
 from .common import of_partials
 
 FEW_SUMS = 1 << 17  # results of a second stage
-MANY_SPLITS = 16
+MANY_SPLITS = 16  # beyond, several side by side also of many results
 
 
 def partial_sums(noted: Record, result: torch.Tensor, splits: int) -> torch.Tensor:
