@@ -29,6 +29,10 @@ class Target:
     without: tuple[str, ...] = ()  # the families that are not to be chosen
     fault: str = ""  # of the Hopper kernels, as the probe found it (probe.fault)
 
+    @property
+    def is_hopper(self) -> bool:
+        return (self.backend, self.arch) == ("cuda", 90)
+
 
 class Tile:
     """What a kernel is compiled for, as one object.  Triton's cache on disk, which knows of a kernel its own code, knows it by its

@@ -210,12 +210,15 @@ def _batch_parts(problem: Problem) -> int:
     return next((n for n in range(least, most + 1) if problem.batch % n == 0), least)
 
 
+ONE_PRODUCT = "so few that all taps are one product"
+
+
 def by_rows(asked: Asked) -> Plan | str:
     """The row kernel, for a forward pass of few output channels."""
     if asked.without("rows") or not rows.takes(asked.problem, asked.how, asked.target):
         return ""
     tile = rows.choose(asked.problem, asked.target)
-    return Plan("rows", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
+    return Plan("rows", f"{asked.why}: {ONE_PRODUCT}", asked.how, tile) if tile else ""
 
 
 def few_outputs(asked: Asked) -> Plan | str:
@@ -229,7 +232,7 @@ def few_outputs(asked: Asked) -> Plan | str:
         return found
     sizes = p.c_in, p.c_out, geometry.taps, p.pixels, p.dtype.itemsize
     tile = columns.of_few(*sizes, asked.how, p.large, p.weight, p.destination != "width", asked.target)
-    return Plan("columns", f"{asked.why}: so few that all taps are one product", asked.how, tile) if tile else ""
+    return Plan("columns", f"{asked.why}: {ONE_PRODUCT}", asked.how, tile) if tile else ""
 
 
 def few_channels(asked: Asked) -> Plan | str:
@@ -295,7 +298,7 @@ def few_outputs_gradient(asked: Asked) -> Plan | str:
         return ""
     # At TF32 in three products: torch's own choice is IEEE fp32 for such layers, unless it has to be deterministic.
     how = "tf32x3" if asked.how == "tf32" else asked.how
-    why = f"{asked.why}: so few that all taps are one product"
+    why = f"{asked.why}: {ONE_PRODUCT}"
     return Plan("patches", why, how, *patches.choose(p, asked.target))
 
 

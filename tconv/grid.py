@@ -119,7 +119,7 @@ def takes(problem, how: str, target: Target) -> bool:
     p, g = problem, problem.geometry
     if p.direction != "backward_weight" or g.groups > 1 or p.large or how not in PARTS:
         return False
-    if target.backend != "interpreter" and (target.backend, target.arch) != ("cuda", 90):
+    if target.backend != "interpreter" and not target.is_hopper:
         return False
     least = LEAST_PRODUCTS_LAST if p.channels_last else LEAST_PRODUCTS
     if min(p.channels) < LEAST_CHANNELS or p.products_of_output < least:

@@ -89,6 +89,11 @@ def vector(t: torch.Tensor, source: str) -> int:
     return together & -together
 
 
+def channel_vector(t: torch.Tensor, channels: int) -> int:
+    """The power of two, at most 16, that divides a group's channels and the other strides, where channels lie side by side; else 1."""
+    return gcd(16, channels, *(s for i, s in enumerate(strides5(t)) if i != 1)) if is_channels_last(t) else 1
+
+
 def along_width(t: torch.Tensor) -> int:
     """How many neighbouring pixels, at most 16 bytes of them, one access can have."""
     return gcd(vector(t, "width"), 16 // t.element_size()) if layout(t) == "width" else 1

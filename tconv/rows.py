@@ -92,7 +92,7 @@ def takes(problem, how: str, target: Target) -> bool:
     if p.direction != "forward" or g.groups > 1 or p.large or g.ndim != 2 or how not in ("half", "widen", "tf32"):
         return False
     # Elsewhere nobody has run it; for sm_80 up to 600 bytes of a thread's registers are spilled.
-    if target.backend != "interpreter" and (target.backend, target.arch) != ("cuda", 90):
+    if target.backend != "interpreter" and not target.is_hopper:
         return False
     if p.c_out > FEW_OUT or not LEAST_COLUMNS <= p.c_out * g.taps <= MOST_COLUMNS or p.c_in < LEAST_CHANNELS:
         return False

@@ -617,7 +617,7 @@ WIDE, MOST_GROUPS = 64, 32
 
 def unavailable(target: Target) -> str:
     """Why a target has no Hopper kernels, or ""."""
-    if target.backend != "cuda" or target.arch != 90:
+    if not target.is_hopper:
         return "the shift kernel is for sm_90"
     if target.triton not in TRITON:
         return f"the shift kernel was not tried with Triton {'.'.join(map(str, target.triton))}"

@@ -10,6 +10,17 @@ import triton.language as tl
 from .common import narrow, widen
 
 
+@triton.jit
+def _sum(partial, at, ok, size, splits, to, ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over splits of partial[split, at], where ok, as `to` holds it: a tile [TAPS, BLOCK]; ROWS splits side by side."""
+    row = tl.arange(0, ROWS)[:, None, None]
+    acc = tl.zeros((ROWS, TAPS, BLOCK), tl.float64)
+    for first in range(0, splits, ROWS):
+        there = (first + row < splits) & ok[None, :, :]
+        acc += tl.load(partial + (first + row) * size + at[None, :, :], mask=there, other=0.0).to(tl.float64)
+    return narrow(tl.sum(acc, 0), to.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize="splits taps columns c_out kh kw g_i g_o g_d g_h g_w".split())
 def sum_partials(
     partial, grad, splits, taps, columns, c_out, kh, kw, g_i, g_o, g_d, g_h, g_w,
@@ -27,11 +38,6 @@ def sum_partials(
     column = first + tl.arange(0, BLOCK)
     ok = (tap < taps)[:, None] & (column < columns)[None, :]
     at = tap.to(tl.int64)[:, None] * columns + column[None, :]
-    row = tl.arange(0, ROWS)[:, None, None]
-    acc = tl.zeros((ROWS, TAPS, BLOCK), tl.float64)
-    for split in range(0, splits, ROWS):
-        there = (split + row < splits) & ok[None, :, :]
-        acc += tl.load(partial + (split + row) * size + at[None, :, :], mask=there, other=0.0).to(tl.float64)
     if DENSE:
         out = column[None, :] * taps + tap[:, None]
     else:
@@ -40,20 +46,15 @@ def sum_partials(
         of_pair = (first // c_out + co // c_out) * g_i + (co % c_out).to(tl.int64) * g_o
         of_axis = (tap // (kh * kw)).to(tl.int64) * g_d + (tap // kw % kh).to(tl.int64) * g_h
         out = of_pair[None, :] + (of_axis + (tap % kw).to(tl.int64) * g_w)[:, None]
-    tl.store(grad + out, narrow(tl.sum(acc, 0), grad.dtype.element_ty), mask=ok)
+    tl.store(grad + out, _sum(partial, at, ok, size, splits, grad, ROWS, TAPS, BLOCK), mask=ok)
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def sum_splits(partial, total, count, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """total[i] = sum over splits of partial[split, i], i < count; ROWS splits side by side."""
     size = count.to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.arange(0, ROWS)[:, None]
-    acc = tl.zeros((ROWS, BLOCK), tl.float64)
-    for first in range(0, splits, ROWS):
-        there = (first + row < splits) & (i < size)[None, :]
-        acc += tl.load(partial + (first + row) * size + i[None, :], mask=there, other=0.0).to(tl.float64)
-    tl.store(total + i, narrow(tl.sum(acc, 0), total.dtype.element_ty), mask=i < size)
+    i = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    tl.store(total + i, _sum(partial, i, i < size, size, splits, total, ROWS, 1, BLOCK), mask=i < size)
 
 
 @triton.jit(do_not_specialize="images channels pixels per_split".split())

@@ -7,7 +7,7 @@ from math import gcd, prod
 from .. import columns
 from ..configs import cdiv, power_of_two
 from ..geometry import Geometry, sizes3
-from ..layouts import column_steps, is_channels_last, layout, order, strides5
+from ..layouts import channel_vector, column_steps, layout, order, strides5
 from ..problem import Plan
 from ..record import Record
 from .common import accumulator, axis_scalars, of_partials
@@ -33,7 +33,7 @@ def forward(noted: Record, chosen: Plan, input, weight, bias, output, geometry: 
         column_gemm, chosen.splits * g * cdiv(width, tile.columns) * tiles,
         input, weight, partials, pixels, c_in, width, g, *size, *strides5(input), w_i, chosen.splits,
         SRC_LAYOUT=layout(input, g),
-        VECTOR=gcd(16, c_in, *(s for i, s in enumerate(strides5(input)) if i != 1)) if is_channels_last(input) else 1,
+        VECTOR=channel_vector(input, c_in),
         PLANES=planes,
         ALIGNED=w_i % 16 == 0 and width % 16 == 0,
         BY_PIXEL=by_pixel,

@@ -66,7 +66,7 @@ def gather(
         t=tile,
         num_warps=few.WARPS,
         # Sums in blocks have twice the registers; with 168 three programs run on a multiprocessor, with more two (on sm_100 some spill).
-        **({"maxnreg": few.REGISTERS} if tile.block and (target.backend, target.arch) == ("cuda", 90) else {}),
+        **({"maxnreg": few.REGISTERS} if tile.block and target.is_hopper else {}),
     )  # fmt: skip
     sum_splits(noted, to, destination)
 

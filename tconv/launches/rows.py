@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from math import gcd
-
 from .. import rows
 from ..configs import Target, cdiv
 from ..geometry import Geometry, sizes3
-from ..layouts import is_channels_last, layout, strides5
+from ..layouts import channel_vector, layout, strides5
 from ..problem import Plan
 from ..record import Record
 from .common import accumulator, of_partials
@@ -46,7 +44,7 @@ def forward(noted: Record, chosen: Plan, target: Target, input, weight, bias, ou
         DIL_H=tall.dilation,
         DIL_W=wide.dilation,
         SRC_LAYOUT=layout(input),
-        VECTOR=gcd(16, c_in, s_n, s_h, s_w) if is_channels_last(input) else 1,
+        VECTOR=channel_vector(input, c_in),
         PIECE=tile.piece,
         HAS_BIAS=bias is not None,
         PRECISION=chosen.precision,
@@ -58,5 +56,5 @@ def forward(noted: Record, chosen: Plan, target: Target, input, weight, bias, ou
         BLOCK_K=tile.channels,
         num_warps=rows.WARPS,
         num_stages=tile.shape.num_stages,
-        **({"maxnreg": tile.shape.registers} if tile.shape.registers and target.backend == "cuda" else {}),
+        **({"maxnreg": tile.shape.registers} if tile.shape.registers and target.is_hopper else {}),
     )  # fmt: skip
