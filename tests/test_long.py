@@ -47,9 +47,14 @@ def drawn(seed):
     return tensors, options
 
 
+SLOW = 0, 1, 3, 5, 9, 11, 12, 14, 16, 17, 19, 20, 21, 30, 33, 37  # in the interpreter, 20 s to two minutes
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_layers(seed, device, ieee):
     """All three passes, also in parts; the same bits every time."""
+    if device == "cpu" and seed in SLOW:
+        pytest.skip("the interpreter is slow")
     if (layer := drawn(seed)) is None:
         pytest.skip("no output")
     tensors, options = layer

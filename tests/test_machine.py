@@ -101,13 +101,14 @@ def assert_near(y, exact, dtype, tile, half=2**-8):
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_makes_the_convolution(name, dtype):
-    """Two tiles of kinds drawn from those of the layer: several tiles a CTA, blocks of channels and channel tiles."""
+    """Two tiles of kinds drawn from those of the layer (one of many taps, which take their time): several tiles a CTA, blocks
+    of channels and channel tiles."""
     draw = random.Random(f"{name} {dtype}")
     g = GEOMETRIES[name]
     c_in = draw.choice((80, 72, 70, 65) if dtype == "bf16" else (48, 36, 42, 37))
     c_out = draw.choice((3, 16, 20, 70, 80))
     found = kinds(g, dtype, c_in, c_out, 12)
-    for kind in draw.sample(sorted(found, key=repr), min(2, len(found))):
+    for kind in draw.sample(sorted(found, key=repr), min(1 if g.taps > 27 else 2, len(found))):
         smallest = min(tile.of_tile for tile, *_ in found[kind])
         tile, *last = draw.choice([each for each in found[kind] if each[0].of_tile == smallest])
         y, exact = run(g, dtype, tile, *last, c_in, c_out, seed=draw.randrange(1000))
@@ -283,7 +284,7 @@ def test_what_a_gpu_would_punish_is_found(name):
 
 
 @pytest.mark.parametrize("name", ("k3s2p1op1", "3d_k3s2p1op1"))
-@pytest.mark.parametrize("c_out", (64, 128, 192, 256, 320, 512, 768))
+@pytest.mark.parametrize("c_out", (64, 128, 192, 320, 768))
 def test_ctas_do_all_phases_in_turn(name, c_out):
     """Every tile once; and phases of more taps fall to all CTAs about alike: to no one a quarter more than to the mean."""
     g = GEOMETRIES[name]
@@ -291,7 +292,7 @@ def test_ctas_do_all_phases_in_turn(name, c_out):
     tile = next(
         each[0][0] for kind, each in found.items() if kind[:3] == ("channels", "bulk", "channels") and not kind[4]
     )
-    size = sizes3((256, 64) if g.ndim == 2 else (16, 64, 64))
+    size = sizes3((256, 64) if g.ndim == 2 else (8, 64, 64))
     walked = shift.walk(tile, g.axes3, 8, 64, c_out, size, sizes3(g.output_size(size[-g.ndim :])), 132)
     assert walked.tiles > 8 * walked.grid
     kernel = namespace(Machine((0, 0), (walked.grid, 1), tile.size, 0), kernels, None)

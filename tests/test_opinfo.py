@@ -115,6 +115,8 @@ def run(module, input, grad_output):
 def test_module(name, dtype, device, ieee):
     info, ours = MODULES[name], OURS[int(name[-2])]
     lazy = name.startswith("Lazy")
+    if lazy and dtype is torch.float64:
+        pytest.skip("the interpreter is slow, and once they have seen an input, lazy modules are the others")
     inputs = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=False, training=True)
     assert len(inputs) >= 2
     judge = Judge()
