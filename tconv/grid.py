@@ -23,7 +23,9 @@ from .geometry import Axis, Geometry, sizes3
 
 PIECE = 4  # fp32 elements of 16 bytes
 PLACES = 32  # of a step along the sums: 128 bytes, a swizzled row
-LEAST_CHANNELS = 32  # on both sides: below, most of the tensor core's tile is padding
+# On both sides: below, the tensor core's tile is mostly padding.  From 16 to 31 the estimate is 1.1 to 5 times the portable kernel's speed
+# over the suites' layers; not measured.
+LEAST_CHANNELS = 16
 LEAST_PLACES = 64  # of a grid, which copies and launches of their own are worth
 MOST_PLACES_A_PIXEL = 2  # zeros around rows, and parts of images that do not come out even
 # Products for each element of the output's gradient.  Below, copies take longer than what they save, of channels_last, which the portable

@@ -133,7 +133,8 @@ def test_random_layers(seed, precision, device, always):
         ((64, 64, 4, (64, 64), 8), dict(stride=2, padding=1), dict(large=True), False),
         ((64, 64, 4, (64, 64), 8), dict(stride=2, padding=1), dict(source="strided"), True),
         ((64, 64, 3, (24, 25), 1), dict(padding=1, dilation=2), {}, True),
-        ((64, 24, 4, (64, 64), 8), dict(stride=2, padding=1), {}, False),
+        ((512, 17, 4, (14, 14), 100), dict(stride=2, padding=1), {}, True),
+        ((64, 14, 4, (64, 64), 8), dict(stride=2, padding=1), {}, False),
         ((64, 64, 1, (64, 64), 8), dict(stride=2), {}, False),
         ((64, 64, 4, (64, 64), 8), dict(stride=2, padding=1, groups=2), {}, False),
         ((64, 64, 7, (2, 2), 16), dict(padding=3), {}, False),  # zeros around so few pixels
@@ -196,6 +197,8 @@ def test_tiles_fit_and_cover():
         ((64, 64, 3, (9, 30, 31), 2), dict(stride=2, padding=1)),
         ((32, 64, 3, (16, 32, 32), 8), dict(padding=1)),
         ((128, 32, 2, (24, 24, 24), 4), dict(stride=2)),
+        ((512, 17, 4, (14, 14), 100), dict(stride=2, padding=1)),
+        ((21, 21, 16, (65, 65), 1), dict(stride=8)),
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
 )
