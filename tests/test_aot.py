@@ -341,17 +341,20 @@ def share(launches, directory, target):
 
     The installed release compiles all for each target, but for sm_86 and sm_89, which are sm_80 to Triton though not to
     ptxas, one half each.  Each other release compiles all of Hopper's kernels, many of which are Gluon's, spelt
-    differently from release to release, and of every other kernel's launches those whose turn it is."""
+    differently from release to release; every other kernel's launches are dealt out to them and their targets, at least
+    one of each kernel to each."""
     if directory is None:
         return launches[("sm_86", "sm_89").index(target) :: 2] if target in ("sm_86", "sm_89") else launches
     others = [parameter.values[0] for parameter in releases()[1:]]
-    turn = others.index(directory)
+    pairs = [(each, name) for each in others for name in TARGETS if name not in ("sm_86", "sm_89")]
+    turn = pairs.index((directory, target))
     many = Counter(each["kernel"] for each in launches)
     number: Counter[str] = Counter()
     shared = []
     for each in launches:
         kernel = each["kernel"]
-        if kernel in HOPPER or many[kernel] < len(others) or number[kernel] % len(others) == turn:
+        dealt = min(len(pairs), many[kernel])
+        if kernel in HOPPER or number[kernel] % dealt == turn % dealt:
             shared.append(each)
         number[kernel] += 1
     return shared
