@@ -340,21 +340,20 @@ def share(launches, directory, target):
     """Those of the launches to compile under a release for a target: all of them took an hour on two cores.
 
     The installed release compiles all for each target, but for sm_86 and sm_89, which are sm_80 to Triton though not to
-    ptxas, one half each.  Each other release compiles all of Hopper's kernels, many of which are Gluon's, spelt
-    differently from release to release; every other kernel's launches are dealt out to them and their targets, at least
-    one of each kernel to each."""
+    ptxas, one half each.  To the other releases each kernel's launches are dealt out: of Hopper's kernels each launch to
+    one of them, of every other kernel to one of them for one target, and at least one to each."""
     if directory is None:
         return launches[("sm_86", "sm_89").index(target) :: 2] if target in ("sm_86", "sm_89") else launches
     others = [parameter.values[0] for parameter in releases()[1:]]
     pairs = [(each, name) for each in others for name in TARGETS if name not in ("sm_86", "sm_89")]
-    turn = pairs.index((directory, target))
     many = Counter(each["kernel"] for each in launches)
     number: Counter[str] = Counter()
     shared = []
     for each in launches:
         kernel = each["kernel"]
-        dealt = min(len(pairs), many[kernel])
-        if kernel in HOPPER or number[kernel] % dealt == turn % dealt:
+        hands, turn = (others, directory) if kernel in HOPPER else (pairs, (directory, target))
+        dealt = min(len(hands), many[kernel])
+        if number[kernel] % dealt == hands.index(turn) % dealt:
             shared.append(each)
         number[kernel] += 1
     return shared

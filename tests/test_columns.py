@@ -372,6 +372,8 @@ def gradient(x, w, grad, options):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_gradients_of_weights(seed, device, always_weights, ieee):
+    if device == "cpu" and seed in (19, 30, 37):
+        pytest.skip("the interpreter is slow")
     if (layer := drawn(seed)) is None:
         pytest.skip("no output")
     x, w, _, options = layer

@@ -99,7 +99,7 @@ def test_strips_cover_every_output(seed):
 def test_random_layers(seed, precision, device, always):
     """Against the oracle, the same bits every time."""
     tensors, options, geometry = drawn(seed)
-    if device == "cpu" and seed > 12:
+    if device == "cpu" and seed > (12 if precision == "tf32" else 11):  # that one takes half a minute
         pytest.skip("the interpreter is slow")
     if device == "cuda" and not HOPPER:
         pytest.skip("needs a Hopper GPU")
