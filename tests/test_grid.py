@@ -198,7 +198,7 @@ def test_tiles_fit_and_cover():
         ((32, 64, 3, (16, 32, 32), 8), dict(padding=1)),
         ((128, 32, 2, (24, 24, 24), 4), dict(stride=2)),
         ((512, 17, 4, (14, 14), 100), dict(stride=2, padding=1)),
-        ((21, 21, 16, (65, 65), 1), dict(stride=8)),
+        ((21, 21, 3, (64, 64), 8), dict(padding=1)),
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else "",
 )
