@@ -55,11 +55,12 @@ TARGETS = {
     "sm_100": (Target("cuda", 100, 148), ("cuda", "100"), 227 * 1024),
     "gfx942": (Target("hip", 942, 304), ("hip", "gfx942"), 64 * 1024),
 }
+AS_SM_80 = "sm_86", "sm_89"  # to Triton; to ptxas they differ
 # Bytes a thread: a handful of values that ptxas parks in memory outside the loop is no matter; hundreds are.
 SPILL_LIMIT = 64
 # The matrix instructions of which a GEMM kernel must use one.
 MATRIX_INSTRUCTIONS = {
-    **{name: {"mma.sync"} for name in ("sm_80", "sm_86", "sm_89")},
+    **{name: {"mma.sync"} for name in ("sm_80", *AS_SM_80)},
     "sm_90": {"wgmma"},
     "sm_100": {"tcgen05", "mma.sync"},
     "gfx942": {"mfma"},
@@ -339,13 +340,13 @@ def release(directory):
 def share(launches, directory, target):
     """Those of the launches to compile under a release for a target: all of them took an hour on two cores.
 
-    The installed release compiles all for each target, but for sm_86 and sm_89, which are sm_80 to Triton though not to
-    ptxas, one half each.  To the other releases each kernel's launches are dealt out: of Hopper's kernels each launch to
-    one of them, of every other kernel to one of them for one target, and at least one to each."""
+    The installed release compiles all for each target, but for those that are sm_80 to Triton one half each.  To the other
+    releases each kernel's launches are dealt out: of Hopper's kernels each launch to one of them, of every other kernel to
+    one of them for one target, and at least one to each."""
     if directory is None:
-        return launches[("sm_86", "sm_89").index(target) :: 2] if target in ("sm_86", "sm_89") else launches
+        return launches[AS_SM_80.index(target) :: len(AS_SM_80)] if target in AS_SM_80 else launches
     others = [parameter.values[0] for parameter in releases()[1:]]
-    pairs = [(each, name) for each in others for name in TARGETS if name not in ("sm_86", "sm_89")]
+    pairs = [(each, name) for each in others for name in TARGETS if name not in AS_SM_80]
     many = Counter(each["kernel"] for each in launches)
     number: Counter[str] = Counter()
     shared = []
@@ -368,7 +369,7 @@ def test_every_kernel_is_listed():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("directory", releases())
 def test_compiles_and_fits(directory, target, tmp_path):
-    if directory and target in ("sm_86", "sm_89"):
+    if directory and target in AS_SM_80:
         pytest.skip("sm_80 to Triton: under one release")
     description, arguments, _ = TARGETS[target]
     if directory is not None:
